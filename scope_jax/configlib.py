@@ -1,0 +1,179 @@
+"""Configs: find and load a config file, apply command-line overrides, shrink for a laptop.
+
+A config file defines `get_config(arg: str = "") -> ConfigDict`; `--config configs/worksheet.py:n=6,runlocal` passes
+"n=6,runlocal" as `arg`. Overrides are typed by the value they replace, and an unknown key is an error that names the
+closest one.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scope_jax.methods import METHODS
+from scope_jax.records import InputError
+
+_SHIPPED = (pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parent.parent / "configs")
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """Parses "n=6,runlocal" into a ConfigDict; a bare name means True, types follow the defaults.
+
+    >>> parse_arg("n=6,runlocal", n=5, runlocal=False).to_dict()
+    {'n': 6, 'runlocal': True}
+    """
+    config = ConfigDict(defaults)
+    for part in filter(None, (p.strip() for p in arg.split(","))):
+        name, _, text = part.partition("=")
+        if name not in defaults:
+            raise InputError(f"config argument {name!r} is not known{_closest(name, list(defaults))}")
+        config[name] = _typed(name, text if "=" in part else "True", defaults[name])
+    return config
+
+
+def load_config(spec: str, overrides: list[str]) -> ConfigDict:
+    """Loads PATH[:arg] and applies "--config.a.b=value" overrides.
+
+    `config.method` names one of METHODS: its changes are applied after the file's values and before the command line's.
+
+    Args:
+      spec: a config file, or the name of one that the package ships ("worksheet"), with an optional ":arg".
+      overrides: command-line arguments.
+    Raises:
+      InputError: no such file, an unknown key or method, a value of another type.
+    """
+    path, _, arg = spec.partition(":")
+    module = _load_module(path)
+    config = module.get_config(arg)
+    parsed = dict(_split_override(text) for text in overrides)
+    method = parsed.get("method", config.method)
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is not known; one of {', '.join(METHODS)}")
+    for key, value in METHODS[method].items():
+        override(config, key, value)
+    for key, text in parsed.items():
+        override(config, key, text, parse=True)
+    return config
+
+
+def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -> None:
+    """Sets the dotted `key` of a config to a value of the type it has; text is parsed if `parse`."""
+    *parents, leaf = key.split(".")
+    node = config
+    for depth, name in enumerate([*parents, leaf]):
+        if not isinstance(node, ConfigDict) or name not in node:
+            known = list(node) if isinstance(node, ConfigDict) else []
+            prefix = ".".join([*parents, leaf][:depth])
+            where = f"config.{prefix}" if prefix else "config"
+            raise InputError(f"config key {key!r}: {where} has no {name!r}{_closest(name, known)}")
+        if depth < len(parents):
+            node = node[name]
+    if isinstance(node[leaf], ConfigDict):
+        raise InputError(f"config key {key!r} is a group; set one of {', '.join(f'{key}.{k}' for k in node[leaf])}")
+    typed = _typed(key, value, node[leaf]) if parse else value
+    with node.ignore_type():  # None <-> number is allowed below, ConfigDict's own check would refuse it
+        node[leaf] = typed
+
+
+def _typed(key: str, text: str, old: Any) -> Any:
+    """Parses text as the type of the value it replaces; "none" stands for None where that is or was allowed."""
+    if isinstance(old, str):
+        return text
+    names = {"true": True, "false": False, "none": None}
+    try:
+        value = names[text.lower()] if text.lower() in names else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise InputError(f"config key {key!r}: {text!r} is not a {type(old).__name__}") from None
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    fits = old is None or type(value) is type(old) or (value is None and isinstance(old, float))
+    if not fits:
+        raise InputError(f"config key {key!r}: {text!r} is not a {type(old).__name__}")
+    return value
+
+
+def _split_override(text: str) -> tuple[str, str]:
+    if not text.startswith("--config.") or "=" not in text:
+        raise InputError(f"argument {text!r} is not understood; overrides look like --config.optimizer.learning_rate=1e-4")
+    key, _, value = text.removeprefix("--config.").partition("=")
+    return key, value
+
+
+def _closest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def _load_module(path: str):
+    candidates = [pathlib.Path(path)]
+    if pathlib.Path(path).suffix != ".py":
+        candidates += [folder / f"{path}.py" for folder in _SHIPPED]
+    elif path.startswith("configs/"):  # the command of the README, run from anywhere
+        candidates += [folder.parent / path for folder in _SHIPPED]
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is None:
+        shipped = sorted(f.stem for folder in _SHIPPED for f in folder.glob("[a-z]*.py"))
+        raise InputError(f"config file {path} does not exist; shipped configs: {', '.join(dict.fromkeys(shipped))}")
+    module_spec = importlib.util.spec_from_file_location(f"scope_jax_config_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{file} defines no get_config(arg)")
+    return module
+
+
+def load_object(reference: str, kind: str) -> Callable:
+    """Returns the object that "package.module:name" names; `kind` says in errors what it was wanted for."""
+    module_name, _, name = reference.partition(":")
+    try:
+        found = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"{kind} {reference!r}: cannot import {module_name}: {error}") from None
+    for part in filter(None, name.split(".")):
+        if not hasattr(found, part):
+            raise InputError(f"{kind} {reference!r}: {module_name} has no {name!r}{_closest(name, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes config.json into a new workdir, or checks that the one there is of the same run.
+
+    `total_steps`, `log`, `eval` and `checkpoint` may differ: they do not change what was trained.
+
+    Raises:
+      InputError: the workdir belongs to another config (the first differing key is named); nothing is written then.
+    """
+    free = ("total_steps", "log", "eval", "checkpoint")
+    file = workdir / "config.json"
+    new = json.loads(config.to_json())
+    if file.exists():
+        old = json.loads(file.read_text())
+        changed = [k for k in _flat(new) | _flat(old) if _flat(new).get(k) != _flat(old).get(k)]
+        changed = sorted(k for k in changed if k.split(".")[0] not in free)
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{workdir} belongs to another config: {key} is {_flat(old).get(key)!r} there and "
+                f"{_flat(new).get(key)!r} here; use another --workdir"
+            )
+    elif workdir.exists() and not workdir.is_dir():
+        raise InputError(f"workdir {workdir} is a file")
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise InputError(f"{workdir} holds files but no config.json: not a workdir of scope_jax; use another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,253 @@
+"""What a rollout teaches: token log-probs, advantages, the policy loss and its aggregation.
+
+Pure functions of arrays. Shapes as in records.py. The formulas are METHOD's: clipped ratio (PPO,
+https://arxiv.org/abs/1707.06347) on tokens that the sampling policy wrote, LUFFY's shaped probability
+(https://arxiv.org/abs/2504.14945) on tokens that a teacher wrote, Dr.GRPO's aggregation
+(https://arxiv.org/abs/2503.20783) by default.
+"""
+
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from scope_jax.records import PAD, POLICY, TEACHER, InputError
+
+LOSS_AGGREGATIONS = ("seq-mean-token-sum-norm", "seq-mean-token-mean", "token-mean")
+OFF_POLICY = ("shaped", "linear", "teacher_prob", "sft")
+
+
+def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
+    """Returns the log-prob of each target token and the entropy of each position, without a [B, T, V] array.
+
+    Positions are taken `chunk_size` at a time, each chunk's logits recomputed in the backward pass, so that memory
+    holds [chunk_size, V] at once, forward and backward.
+
+    Args:
+      hidden: [B, T, D]; hidden[:, t] predicts targets[:, t].
+      unembed: [D, V]; logits = hidden @ unembed / temperature.
+      targets: [B, T] int32.
+      temperature: of the distribution.
+      chunk_size: positions (of the B * T) at a time.
+    Returns:
+      (logps [B, T] float32, entropy [B, T] float32 in nats).
+    """
+    chex.assert_rank([hidden, unembed, targets], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, targets], 2)
+    rows, length, width = hidden.shape
+    count = rows * length
+    chunk = min(chunk_size, count)
+    padding = -count % chunk
+    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(-1, chunk, width)
+    flat_targets = jnp.pad(targets.reshape(count), (0, padding)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def one_chunk(chunk_hidden, chunk_targets):
+        logits = (chunk_hidden @ unembed.astype(chunk_hidden.dtype)).astype(jnp.float32) / temperature  # [chunk, V]
+        logps = jax.nn.log_softmax(logits, axis=-1)
+        picked = jnp.take_along_axis(logps, chunk_targets[:, None], axis=-1)[:, 0]
+        return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+
+    if flat_hidden.shape[0] == 1:  # no loop around a single chunk
+        logps, entropy = one_chunk(flat_hidden[0], flat_targets[0])
+    else:
+        logps, entropy = jax.lax.map(lambda x: one_chunk(*x), (flat_hidden, flat_targets))
+    unflatten = lambda x: x.reshape(-1)[:count].reshape(rows, length)  # noqa: E731
+    return unflatten(logps), unflatten(entropy)
+
+
+def group_advantages(rewards, group_size, *, scale="none", baseline="group", on_policy=None, row_mask=None):
+    """Returns the advantage of each rollout within its group.
+
+    "group" and scale "none" are Dr.GRPO (https://arxiv.org/abs/2503.20783), "std" is GRPO
+    (https://arxiv.org/abs/2402.03300). All-wrong group of 8 with one row repaired: +0.875 and 7 times -0.125.
+
+    Args:
+      rewards: [B] float, row-major by prompt.
+      group_size: slots of a group (B is a multiple of it), empty ones included.
+      scale: "none", or "std": divided by (the sample deviation of all rows that count, ddof 1, + 1e-6).
+      baseline: "group" mean; "on_policy" mean of the rows with on_policy True (a group without one falls back to
+        "group"); "leave_one_out" mean of the other rows.
+      on_policy: [B] bool, rows sampled by the policy alone; needed by baseline="on_policy".
+      row_mask: [B] bool, False on empty slots: they are left out of means and deviations and get 0.
+    Returns:
+      [B] float32. A group of one row gets 0.
+    """
+    if baseline not in ("group", "on_policy", "leave_one_out"):
+        raise InputError(f'baseline must be "group", "on_policy" or "leave_one_out", got {baseline!r}')
+    if scale not in ("none", "std"):
+        raise InputError(f'scale must be "none" or "std", got {scale!r}')
+    chex.assert_rank(rewards, 1)
+    if rewards.shape[0] % group_size:
+        raise InputError(f"{rewards.shape[0]} rewards do not divide into groups of {group_size}")
+    by_group = lambda x: jnp.asarray(x).reshape(-1, group_size)  # noqa: E731  [B] -> [P, G]
+    rewards = by_group(rewards).astype(jnp.float32)
+    counts = jnp.ones_like(rewards, bool) if row_mask is None else by_group(row_mask)
+    rewards = jnp.where(counts, rewards, 0.0)
+    size = counts.sum(-1, keepdims=True)  # [P, 1]
+    mean = rewards.sum(-1, keepdims=True) / jnp.maximum(size, 1)
+    if baseline == "leave_one_out":
+        center = (rewards.sum(-1, keepdims=True) - rewards) / jnp.maximum(size - 1, 1)
+    elif baseline == "on_policy":
+        if on_policy is None:
+            raise InputError('baseline="on_policy" needs on_policy, the mask of rows sampled by the policy alone')
+        own = counts & by_group(on_policy)
+        own_size = own.sum(-1, keepdims=True)
+        own_mean = jnp.where(own, rewards, 0.0).sum(-1, keepdims=True) / jnp.maximum(own_size, 1)
+        center = jnp.where(own_size > 0, own_mean, mean)
+    else:
+        center = mean
+    advantages = rewards - center
+    if scale == "std":
+        squares = jnp.where(counts, (rewards - mean) ** 2, 0.0).sum(-1, keepdims=True)
+        advantages = advantages / (jnp.sqrt(squares / jnp.maximum(size - 1, 1)) + 1e-6)
+    return jnp.where(counts & (size > 1), advantages, 0.0).reshape(-1)
+
+
+def token_advantages(advantages, token_source, *, w_prefix=1.0, w_correction=1.0, salvage_only=False):
+    """Spreads row advantages over tokens, weighted by who wrote them.
+
+    Args:
+      advantages: [B] float32.
+      token_source: [B, T] int8. Rows that hold a TEACHER token are repaired rows.
+      w_prefix: factor on the policy's own tokens of repaired rows.
+      w_correction: factor on TEACHER tokens.
+      salvage_only: policy tokens of repaired rows use max(advantage, 0), so that a kept prefix is never punished.
+    Returns:
+      [B, T] float32.
+    """
+    teacher = token_source == TEACHER
+    prefix = (token_source == POLICY) & teacher.any(-1, keepdims=True)
+    spread = jnp.broadcast_to(advantages[:, None], token_source.shape).astype(jnp.float32)
+    own = jnp.maximum(spread, 0.0) if salvage_only else spread
+    return jnp.where(teacher, w_correction * spread, jnp.where(prefix, w_prefix * own, spread))
+
+
+def shape_off_policy(prob, gamma=0.1):
+    """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on tokens that the policy finds unlikely.
+
+    The weight on grad log p is gamma * p / (p + gamma)^2: 0.25 at p = 0.1, 0.0826446 at p = 1 and at p = 0.01.
+
+    >>> shape_off_policy(0.1)
+    0.5
+    """
+    return prob / (prob + gamma)
+
+
+def loss_denominator(mask, loss_agg):
+    """Returns the [] float32 count that `aggregate` divides by: rows with a token in the loss, or such tokens.
+
+    Micro-batches weigh their losses by their share of it, so that their sum is the full batch's loss.
+    """
+    rows = mask.any(-1).sum()
+    return jnp.maximum(mask.sum() if loss_agg == "token-mean" else rows, 1).astype(jnp.float32)
+
+
+def aggregate(values, mask, loss_agg, max_length):
+    """Reduces per-token values to a scalar.
+
+    Args:
+      values: [B, T] float32; not read where the mask is False.
+      mask: [B, T] bool, tokens in the loss. Rows without one count in no mean.
+      loss_agg: "seq-mean-token-sum-norm" (Dr.GRPO: sum over tokens / max_length, mean over rows),
+        "seq-mean-token-mean" (GRPO), "token-mean" (DAPO: one mean over all tokens).
+      max_length: L_max of Dr.GRPO, a constant.
+    Returns:
+      [] float32.
+    """
+    if loss_agg not in LOSS_AGGREGATIONS:
+        raise InputError(f"loss_agg must be one of {', '.join(LOSS_AGGREGATIONS)}, got {loss_agg!r}")
+    sums = jnp.where(mask, values, 0.0).sum(-1)  # [B]
+    if loss_agg == "seq-mean-token-sum-norm":
+        sums = sums / max_length
+    elif loss_agg == "seq-mean-token-mean":
+        sums = sums / jnp.maximum(mask.sum(-1), 1)
+    return sums.sum() / loss_denominator(mask, loss_agg)
+
+
+def policy_loss(
+    logps,
+    old_logps,
+    advantages,
+    token_source,
+    *,
+    clip_low=0.2,
+    clip_high=0.2,
+    off_policy="shaped",
+    gamma=0.1,
+    loss_agg="seq-mean-token-sum-norm",
+    max_length=None,
+):
+    """The loss whose gradient moves the policy: each token by who wrote it.
+
+    POLICY tokens: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) with rho = exp(logps - old_logps).
+    TEACHER tokens, p = exp(logps), never clipped:
+      "shaped" -f(p) A | "linear" -p A | "teacher_prob" -min(max(rho, 0), 2) A | "sft" -log p.
+
+    Args:
+      logps: [B, T] float32, of the weights being trained.
+      old_logps: [B, T] float32, of the weights that sampled. Not read at PAD; not read at TEACHER unless
+        off_policy="teacher_prob", where they are the teacher's own.
+      advantages: [B] or [B, T] float32.
+      token_source: [B, T] int8; PAD tokens are in no sum and no denominator.
+      clip_low, clip_high: None = that side is not clipped.
+      off_policy, gamma: treatment of TEACHER tokens.
+      loss_agg, max_length: see `aggregate`; max_length defaults to T.
+    Returns:
+      ([] float32, dict of [] float32 diagnostics).
+    """
+    if off_policy not in OFF_POLICY:
+        raise InputError(f"off_policy must be one of {', '.join(OFF_POLICY)}, got {off_policy!r}")
+    chex.assert_rank([logps, old_logps, token_source], 2)
+    chex.assert_equal_shape([logps, old_logps, token_source])
+    if advantages.ndim == 1:
+        advantages = jnp.broadcast_to(advantages[:, None], logps.shape)
+    policy, teacher = token_source == POLICY, token_source == TEACHER
+    mask = token_source != PAD
+    reads_old = mask if off_policy == "teacher_prob" else policy
+    # Double where: the operands are made safe BEFORE exp, else an unread -inf or NaN still poisons the gradient.
+    safe_logps = jnp.where(mask, logps, 0.0)
+    log_ratio = safe_logps - jnp.where(reads_old, old_logps, jax.lax.stop_gradient(safe_logps))
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(
+        ratio,
+        None if clip_low is None else 1.0 - clip_low,
+        None if clip_high is None else 1.0 + clip_high,
+    )
+    on_policy_loss = -jnp.minimum(ratio * advantages, clipped * advantages)
+    prob = jnp.exp(jnp.where(teacher, safe_logps, 0.0))
+    if off_policy == "shaped":
+        teacher_loss = -shape_off_policy(prob, gamma) * advantages
+    elif off_policy == "linear":
+        teacher_loss = -prob * advantages
+    elif off_policy == "teacher_prob":
+        teacher_loss = -jnp.clip(ratio, 0.0, 2.0) * advantages
+    else:
+        teacher_loss = -jnp.where(teacher, safe_logps, 0.0)
+    loss = aggregate(jnp.where(teacher, teacher_loss, on_policy_loss), mask, loss_agg, max_length or logps.shape[1])
+
+    mean_over = lambda where, x: jnp.where(where, x, 0.0).sum() / jnp.maximum(where.sum(), 1)  # noqa: E731
+    cut = (clipped * advantages < ratio * advantages) & policy
+    return loss, {
+        "ratio_mean": mean_over(policy, ratio),
+        "clip_fraction": mean_over(policy, cut),
+        "approx_kl": mean_over(policy, ratio - 1.0 - log_ratio),
+        "teacher_prob_mean": mean_over(teacher, prob),
+        "teacher_token_share": mean_over(mask, teacher),
+    }
+
+
+def kl_penalty(logps, ref_logps, token_source):
+    """Returns the k3 estimate of KL(policy || reference) per token, 0 off POLICY tokens (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+      logps, ref_logps: [B, T] float32.
+      token_source: [B, T] int8.
+    Returns:
+      [B, T] float32, >= 0.
+    """
+    policy = token_source == POLICY
+    gap = jnp.where(policy, ref_logps, 0.0) - jnp.where(policy, logps, 0.0)
+    return jnp.exp(gap) - 1.0 - gap
+
+

@@ -1,0 +1,119 @@
+"""Every option of the method with its default, and what each rival changes.
+
+The defaults are SCOPE's as METHOD reads the paper; options whose value is our choice, not the paper's, are listed in
+experiments/ASSUMPTIONS.md. A config file starts from `default_config()` and states what it changes.
+"""
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """Returns the config that every config file starts from. Lengths are in tokens."""
+    return ConfigDict(
+        {
+            "method": "scope",  # a key of METHODS
+            "seed": 0,
+            "total_steps": 500,  # may be raised to continue a finished run
+            # Where problems and rewards come from
+            "task": {"module": ""},  # "package.module" with problems(split, **the other keys); see scope_jax/tasks
+            "reward": {
+                "fn": "",  # "package.module:function", (gold, completion) -> bool or float; "" = the task's verify
+                "solved_at": 1.0,  # a reward below it is a wrong rollout
+            },
+            "prompt": {"template": "{problem}", "chat": True, "system": ""},
+            "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
+            # Models
+            "model": {"path": "", "dtype": "float32", "remat": False},
+            "prm": {"path": ""},  # "" = a random head on the base policy (a smoke test, not a PRM)
+            "teacher": {
+                "kind": "model",  # "model" | "dataset" (the problem's own worked solution, aligned by step)
+                "path": "",  # of a model with the policy's tokenizer
+                "temperature": 1.0,
+                "top_p": 1.0,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "model": 1},
+            # Rollouts
+            "sample": {"group_size": 8, "max_new_tokens": 8192, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            # Where a rollout went wrong, and which are repaired
+            "steps": {"splitter": "\n\n", "max_steps": 64},
+            "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
+            "select": {
+                "select": "wrong",
+                "require_finished": True,
+                "trigger": "always",
+                "trigger_accuracy": 0.5,  # of trigger="acc_below"
+                "min_prefix_steps": 1,
+                "min_prefix_ratio": 0.0,
+            },
+            "correct": {
+                "n_correct": 1,  # repairs per group; 0 = none, -1 = every candidate
+                "attempts": 1,
+                "accept": "verified_correct",  # | "prm_ok" | "any"
+                "insert": "replace_source",  # | "append" | "replace_random_wrong"
+                "keep_last_wrong": True,  # with replacement and the group baseline: an all-right group teaches nothing
+            },
+            # What is learnt
+            "advantages": {"scale": "none", "baseline": "group"},
+            "credit": {"w_prefix": 1.0, "w_correction": 1.0, "salvage_only": False, "prefix_in_loss": True},
+            "loss": {
+                "clip_low": 0.2,  # none = not clipped
+                "clip_high": 0.2,
+                "off_policy": "shaped",
+                "gamma": 0.1,
+                "loss_agg": "seq-mean-token-sum-norm",
+                "entropy_coef": 0.001,
+                "kl_coef": 0.0,
+                "chunk_size": 1024,  # positions whose logits exist at once
+            },
+            "update": {
+                "mini_batches": 2,  # optimizer updates per training step
+                "micro_batches": 1,  # parts that a mini-batch's gradient is summed over
+                "old_logps": "sampler",  # | "recompute": one forward of the trainer before the updates
+            },
+            "optimizer": {
+                "learning_rate": 1e-6,
+                "schedule": "constant",  # | "linear" | "cosine"
+                "warmup_steps": 0,  # in optimizer updates
+                "end_factor": 0.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "max_grad_norm": 1.0,
+            },
+            # What is written down
+            "eval": {
+                "every": 0,  # steps; 0 = before and after the run only
+                "problems": 128,
+                "batch_size": 128,
+                "group_size": 8,
+                "max_new_tokens": 8192,
+                "temperature": 1.0,
+                "ood": True,
+            },
+            "checkpoint": {"every": 50, "keep": 2},
+            "log": {"rollout_groups": 2, "rollouts_every": 10, "diversity_every": 10},
+        }
+    )
+
+
+# What each method changes; applied after the config file and before the command line.
+METHODS = {
+    "scope": {},
+    "dr_grpo": {"correct.n_correct": 0},
+    "grpo": {
+        "correct.n_correct": 0,
+        "advantages.scale": "std",
+        "loss.loss_agg": "seq-mean-token-mean",
+    },
+    # One rollout of each group gives way to a whole teacher trace, whatever its reward; no clip on either side.
+    "luffy": {
+        "locate.locator": "zero",
+        "select.select": "any",
+        "select.require_finished": False,
+        "select.min_prefix_steps": 0,
+        "correct.keep_last_wrong": False,
+        "loss.clip_low": None,
+        "loss.clip_high": None,
+    },
+}

@@ -1,0 +1,105 @@
+"""The records that flow between the stages, and the glossary of their shapes.
+
+B   rollouts of a training step, row-major by prompt: B = P * G (+ P * extra slots with insert="append")
+P   prompts of a training step
+G   rollouts sampled per prompt (`group_size`)
+N   prompt tokens, LEFT-padded to a bucket
+T   completion tokens, right-padded, the end-of-sequence token kept
+U   tokens of a teacher's continuation
+S   reasoning steps of a completion
+V   vocabulary entries
+D   embedding width
+
+Masks are bool, True on real entries. Where a mask is False ids are `pad_id`, log-probs and step ends are 0.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+# Who wrote a token of a completion (`token_source`, int8).
+PAD, POLICY, TEACHER = 0, 1, 2
+
+Array = jax.Array | np.ndarray
+
+
+class InputError(ValueError):
+    """What the user gave (a config, a file, an argument) is wrong. Commands print its one line and exit with 2."""
+
+
+@struct.dataclass
+class Prompts:
+    """A batch of tokenised problems. Lives on the host."""
+
+    ids: Array  # [P, N] int32
+    mask: Array  # [P, N] bool
+    records: tuple[dict[str, Any], ...] = struct.field(pytree_node=False)  # P rows of the data set
+
+
+@struct.dataclass
+class Rollouts:
+    """Sampled completions beside their prompts, one row each."""
+
+    prompt_ids: Array  # [B, N] int32
+    prompt_mask: Array  # [B, N] bool
+    completion_ids: Array  # [B, T] int32
+    completion_mask: Array  # [B, T] bool
+    token_source: Array  # [B, T] int8
+    logps: Array  # [B, T] float32, full vocabulary, temperature-scaled: the pi_old of every ratio
+    sampling_logps: Array  # [B, T] float32, of the (truncated) distribution drawn from; a diagnostic
+    finished: Array  # [B] bool, an end token was sampled within the budget
+
+
+@struct.dataclass
+class StepScores:
+    """A process reward model's verdict on each reasoning step."""
+
+    scores: Array  # [B, S] float32, probability that the step is correct
+    mask: Array  # [B, S] bool; False throughout a row that could not be scored
+
+
+@struct.dataclass
+class CorrectionRequests:
+    """Rollouts cut before their first wrong step, for a teacher to continue. C rows, some of them filling."""
+
+    prompt_ids: Array  # [C, N] int32
+    prompt_mask: Array  # [C, N] bool
+    prefix_ids: Array  # [C, T] int32; the first prefix_length tokens are the policy's own and are kept
+    prefix_length: Array  # [C] int32
+    budgets: Array  # [C] int32, tokens the teacher may write; 0 on filling rows
+    records: tuple[dict[str, Any], ...] = struct.field(pytree_node=False)  # C rows of the data set
+
+
+@struct.dataclass
+class Continuations:
+    """What a teacher wrote, closed with the policy's own end token where it stopped by itself."""
+
+    ids: Array  # [C, U] int32
+    mask: Array  # [C, U] bool
+    logps: Array  # [C, U] float32, the teacher's own; 0 where it has none
+    stopped: Array  # [C] bool
+
+
+@struct.dataclass
+class TrainBatch:
+    """What the update sees: completions, who wrote each token, and how good each row was."""
+
+    prompt_ids: Array  # [B, N] int32
+    prompt_mask: Array  # [B, N] bool
+    completion_ids: Array  # [B, T] int32
+    token_source: Array  # [B, T] int8, PAD where the token is in no loss
+    completion_mask: Array  # [B, T] bool, real tokens (context, even where they are in no loss)
+    old_logps: Array  # [B, T] float32
+    advantages: Array  # [B, T] float32
+    ref_logps: Array | None = None  # [B, T] float32, only with kl_coef > 0
+
+
+@struct.dataclass
+class TrainState:
+    """All that the optimizer moves."""
+
+    params: Any
+    opt_state: Any
+    step: Array  # [] int32, finished training steps

@@ -1,0 +1,169 @@
+"""The policy update: optimizer, loss over a batch, micro-batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
+from scope_jax.models.kv_cache import positions_from_mask
+from scope_jax.records import PAD, InputError, TrainBatch, TrainState
+
+
+def make_schedule(kind: str, *, learning_rate: float, warmup_steps: int, total_steps: int, end_factor: float):
+    """Returns an optax schedule over optimizer updates: "constant", "linear" or "cosine", after a linear warmup."""
+    rest = max(total_steps - warmup_steps, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(learning_rate),
+        "linear": lambda: optax.linear_schedule(learning_rate, end_factor * learning_rate, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, alpha=end_factor),
+    }
+    if kind not in after:
+        raise InputError(f"schedule must be one of {', '.join(after)}, got {kind!r}")
+    if not warmup_steps:
+        return after[kind]()
+    warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after[kind]()], [warmup_steps])
+
+
+def make_optimizer(
+    *,
+    total_steps: int,
+    learning_rate: float = 1e-6,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    end_factor: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """Returns AdamW with a clipped global gradient norm; `total_steps` and `warmup_steps` count optimizer updates."""
+    rate = make_schedule(
+        schedule,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        end_factor=end_factor,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
+
+
+def completion_logps(model, params, batch, *, temperature=1.0, chunk_size=1024):
+    """Returns (logps [B, T], entropy [B, T]) of a batch's completions under `params`.
+
+    Args:
+      batch: anything with prompt_ids, prompt_mask [B, N] and completion_ids, completion_mask [B, T].
+      temperature: of the sampler, so that these are comparable with its log-probs.
+    """
+    tokens = jnp.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
+    mask = jnp.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
+    # hidden[s] predicts token s + 1: the completion's predictors start at the prompt's last token.
+    start, length = batch.prompt_ids.shape[1] - 1, batch.completion_ids.shape[1]
+    hidden, _ = model(params, tokens[:, :-1], positions=positions_from_mask(mask)[:, :-1])
+    return token_logps(
+        hidden[:, start : start + length],
+        model.unembed(params),
+        batch.completion_ids,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+
+
+recompute_logps = functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size"))(completion_logps)
+
+
+def batch_loss(
+    params,
+    model,
+    batch: TrainBatch,
+    *,
+    temperature=1.0,
+    clip_low=0.2,
+    clip_high=0.2,
+    off_policy="shaped",
+    gamma=0.1,
+    loss_agg="seq-mean-token-sum-norm",
+    max_length=None,
+    entropy_coef=0.0,
+    kl_coef=0.0,
+    chunk_size=1024,
+):
+    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL, all with one aggregation."""
+    logps, entropy = completion_logps(model, params, batch, temperature=temperature, chunk_size=chunk_size)
+    max_length = max_length or logps.shape[1]
+    in_loss = batch.token_source != PAD
+    loss, info = policy_loss(
+        logps,
+        batch.old_logps,
+        batch.advantages,
+        batch.token_source,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        off_policy=off_policy,
+        gamma=gamma,
+        loss_agg=loss_agg,
+        max_length=max_length,
+    )
+    info["policy_loss"] = loss
+    info["entropy"] = jnp.where(in_loss, entropy, 0.0).sum() / jnp.maximum(in_loss.sum(), 1)
+    if entropy_coef:
+        loss -= entropy_coef * aggregate(entropy, in_loss, loss_agg, max_length)
+    if kl_coef:
+        if batch.ref_logps is None:
+            raise InputError("kl_coef > 0 needs ref_logps in the batch")
+        kl = kl_penalty(logps, batch.ref_logps, batch.token_source)
+        info["kl"] = jnp.where(in_loss, kl, 0.0).sum() / jnp.maximum(in_loss.sum(), 1)
+        loss += kl_coef * aggregate(kl, in_loss, loss_agg, max_length)
+    return loss, info
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "model", "optimizer", "micro_batches", "temperature", "clip_low", "clip_high", "off_policy", "gamma",
+        "loss_agg", "max_length", "entropy_coef", "kl_coef", "chunk_size",
+    ),
+    donate_argnames=("state",),
+)  # fmt: skip
+def train_step(model, optimizer, state: TrainState, batch: TrainBatch, *, micro_batches=1, loss_agg, **loss_options):
+    """One optimizer update on a batch.
+
+    Args:
+      model: see models/transformer.py.
+      optimizer: from `make_optimizer`.
+      state: donated.
+      batch: B rows, B a multiple of `micro_batches`.
+      micro_batches: gradients are summed over this many parts of the batch, each weighted by its share of the loss
+        denominator, so the sum is the full batch's gradient whatever the aggregation.
+      loss_agg, loss_options: `batch_loss`'s.
+    Returns:
+      (new state, dict of [] float32: loss, grad_norm, update_norm and `batch_loss`'s diagnostics).
+    """
+    grad_fn = jax.value_and_grad(batch_loss, has_aux=True)
+    options = {"loss_agg": loss_agg, **loss_options}
+    if micro_batches == 1:
+        (loss, info), grads = grad_fn(state.params, model, batch, **options)
+    else:
+        # Interleaved rows, so that every part still lies on every shard of the batch axis.
+        parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+        total = loss_denominator(batch.token_source != PAD, loss_agg)
+
+        def accumulate(carry, part):
+            mask = part.token_source != PAD
+            share = jnp.where(mask.any(), loss_denominator(mask, loss_agg), 0.0) / total
+            (loss, info), grads = grad_fn(state.params, model, part, **options)
+            return jax.tree.map(lambda total, new: total + share * new, carry, (grads, loss, info)), None
+
+        shapes = jax.eval_shape(lambda: grad_fn(state.params, model, jax.tree.map(lambda x: x[0], parts), **options))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], *shapes[0]))
+        (grads, loss, info), _ = jax.lax.scan(accumulate, zeros, parts)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norms = {"loss": loss, "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
