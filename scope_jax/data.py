@@ -75,7 +75,7 @@ def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system:
 
 
 def tokenize_prompts(
-    records: Sequence[dict], tokenizer, render: Callable[[str], str], *, max_prompt_length: int, pad_id: int
+    records: Sequence[dict], *, tokenizer, render: Callable[[str], str], max_prompt_length: int, pad_id: int
 ) -> Prompts:
     """Returns the records' prompts in one LEFT-padded bucket [P, max_prompt_length].
 
@@ -98,3 +98,17 @@ def tokenize_prompts(
 def decode_completions(tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[str]:
     """Returns the text of each right-padded row, special tokens left out."""
     return [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)]
+
+
+def decode_steps(tokenizer, ids: np.ndarray, step_ends: np.ndarray, step_mask: np.ndarray) -> list[list[str]]:
+    """Returns the texts of each row's reasoning steps, special tokens left out.
+
+    Args:
+      ids: [B, T]; step_ends, step_mask: [B, S] from `segment_steps`.
+    """
+    texts = []
+    for row, ends, real in zip(ids, step_ends, step_mask, strict=True):
+        ends = [0, *ends[real].tolist()]
+        pieces = zip(ends[:-1], ends[1:], strict=True)
+        texts.append([tokenizer.decode(row[a:b].tolist(), skip_special_tokens=True) for a, b in pieces])
+    return texts

@@ -3,6 +3,8 @@
 `first_error_step` is the method's locator; the others are its ablations. All return -1 where no step is marked.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -167,3 +169,43 @@ def random_wrong_rows(rewards, key, *, group_size, count, solved_at=1.0):
     wrong = (rewards < solved_at).reshape(-1, group_size)
     order = jnp.argsort(jax.random.uniform(key, wrong.shape) + jnp.where(wrong, 0.0, 1.0), axis=-1)[:, :count]
     return (order + group_size * jnp.arange(order.shape[0])[:, None]).reshape(-1).astype(jnp.int32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "group_size", "solved_at", "n_correct", "spare_last_wrong", "replace_random", "locator", "tau", "on_no_error",
+        "select", "require_finished", "trigger", "trigger_accuracy", "min_prefix_steps", "min_prefix_ratio",
+    ),
+)  # fmt: skip
+def plan_corrections(
+    rewards, finished, step_scores, step_ends, step_mask, keys, *, group_size, solved_at, n_correct,
+    spare_last_wrong, replace_random, locator, tau, on_no_error, **select_options,
+):  # fmt: skip
+    """Locates the first errors and decides which rollouts are cut where: all of the above in one program.
+
+    Args:
+      keys: (of the locator, of random replacement).
+      n_correct: repairs per group, -1 = all; C = P * n_correct (or P * G) rows come back, some of them filling.
+      spare_last_wrong: leave each group one wrong row, for an all-right group has no advantage.
+      replace_random: a correction replaces a random wrong row instead of its source.
+      locator, tau, on_no_error: `locate`'s; select_options: `select_candidates`'.
+    Returns:
+      (first_error [B], rows [C] int32 sources of the corrections, is_real [C] bool, prefix_length [C] int32 tokens
+      kept, targets [C] int32 rows that are replaced).
+    """
+    first_error = locate(step_scores, step_mask, keys[0], locator=locator, tau=tau, on_no_error=on_no_error)
+    candidates = select_candidates(
+        rewards, finished, first_error, step_scores, step_mask,
+        group_size=group_size, tau=tau, solved_at=solved_at, **select_options,
+    )  # fmt: skip
+    limit = (rewards < solved_at).reshape(-1, group_size).sum(-1) - 1 if spare_last_wrong else None
+    rows, is_real = rank_candidates(
+        candidates, first_error, step_scores, step_mask, group_size=group_size, n_correct=n_correct, limit=limit
+    )
+    kept = jnp.where(is_real, prefix_length(first_error, step_ends, step_mask)[rows], 0)
+    targets = rows
+    if replace_random:
+        count = rows.shape[0] * group_size // rewards.shape[0]
+        targets = random_wrong_rows(rewards, keys[1], group_size=group_size, count=count, solved_at=solved_at)
+    return first_error, rows, is_real, kept, targets

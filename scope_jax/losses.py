@@ -7,6 +7,8 @@ https://arxiv.org/abs/1707.06347) on tokens that the sampling policy wrote, LUFF
 """
 
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -123,6 +125,35 @@ def token_advantages(advantages, token_source, *, w_prefix=1.0, w_correction=1.0
     return jnp.where(teacher, w_correction * spread, jnp.where(prefix, w_prefix * own, spread))
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "scale", "baseline", "prefix_in_loss", "w_prefix", "w_correction", "salvage_only"))
+def assign_credit(
+    rewards, token_source, row_mask, *, group_size, scale, baseline, prefix_in_loss=True, w_prefix=1.0, w_correction=1.0,
+    salvage_only=False,
+):  # fmt: skip
+    """Row advantages, spread over the tokens that are in the loss; the two functions above in one program.
+
+    Args:
+      rewards: [B] float32; token_source: [B, T] int8; row_mask: [B] bool, False on empty slots.
+      group_size, scale, baseline: `group_advantages`'; repaired rows are not on policy.
+      prefix_in_loss: False takes the policy's tokens of repaired rows out of every sum and denominator.
+      w_prefix, w_correction, salvage_only: `token_advantages`'.
+    Returns:
+      (advantages [B, T] float32, token_source [B, T] int8 with PAD where a token is in no loss, advantages [B]).
+    """
+    token_source = jnp.where(row_mask[:, None], token_source, PAD).astype(jnp.int8)
+    repaired = (token_source == TEACHER).any(-1)
+    by_row = group_advantages(
+        rewards, group_size, scale=scale, baseline=baseline, on_policy=~repaired, row_mask=row_mask
+    )
+    by_token = token_advantages(
+        by_row, token_source, w_prefix=w_prefix, w_correction=w_correction, salvage_only=salvage_only
+    )
+    if not prefix_in_loss:
+        left_out = (token_source == POLICY) & repaired[:, None]
+        token_source = jnp.where(left_out, PAD, token_source).astype(jnp.int8)
+    return by_token, token_source, by_row
+
+
 def shape_off_policy(prob, gamma=0.1):
     """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on tokens that the policy finds unlikely.
 
@@ -230,6 +261,7 @@ def policy_loss(
     cut = (clipped * advantages < ratio * advantages) & policy
     return loss, {
         "ratio_mean": mean_over(policy, ratio),
+        "log_ratio_max": jnp.max(jnp.where(policy, jnp.abs(log_ratio), 0.0)),  # before an update: sampler against trainer
         "clip_fraction": mean_over(policy, cut),
         "approx_kl": mean_over(policy, ratio - 1.0 - log_ratio),
         "teacher_prob_mean": mean_over(teacher, prob),

@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
                 "kl_coef": 0.0,
                 "chunk_size": 1024,  # positions whose logits exist at once
             },
-            "update": {
+            "learn": {
                 "mini_batches": 2,  # optimizer updates per training step
                 "micro_batches": 1,  # parts that a mini-batch's gradient is summed over
                 "old_logps": "sampler",  # | "recompute": one forward of the trainer before the updates

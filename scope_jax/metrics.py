@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from scope_jax.diversity import group_diversity
+from scope_jax.records import POLICY, TEACHER
+
 COLUMNS = (  # heading, metric, format
     ("step", "step", "{:>5d}"),
     ("reward", "reward", "{:>6.3f}"),
@@ -40,11 +43,16 @@ class Timer:
             yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def flush(self) -> dict[str, float]:
-        """Returns {"seconds/PHASE": s} since the last flush and starts over."""
+    def flush(self, **tokens: float) -> dict[str, float]:
+        """Returns {"seconds/PHASE": s, "tokens_per_s/PHASE": n / s} since the last flush and starts over.
+
+        Args:
+          tokens: tokens handled per phase.
+        """
         seconds = {f"seconds/{phase}": value for phase, value in self.seconds.items()}
+        speeds = {f"tokens_per_s/{p}": float(n) / self.seconds[p] for p, n in tokens.items() if self.seconds.get(p)}
         self.seconds.clear()
-        return seconds
+        return seconds | speeds
 
 
 class CompileCounter:
@@ -60,7 +68,7 @@ class CompileCounter:
 
 
 class Writer:
-    """Writes metrics of steps to WORKDIR/metrics.jsonl and TensorBoard, rollouts to WORKDIR/rollouts, lines to stdout.
+    """Writes a run's metrics to WORKDIR/metrics.jsonl and TensorBoard, its rollouts to WORKDIR/rollouts, lines to stdout.
 
     Args:
       workdir: of the run.
@@ -71,6 +79,7 @@ class Writer:
         self.workdir = workdir
         self.console = Console(highlight=False, soft_wrap=True)
         self._lines = 0
+        self._sums = collections.Counter()
         file = workdir / "metrics.jsonl"
         if file.exists():
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= start_step]
@@ -79,23 +88,33 @@ class Writer:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
         (workdir / "rollouts").mkdir(exist_ok=True)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one row of scalars; values that are not finite are written as null."""
-        row = {k: _finite(v) for k, v in metrics.items()}
+    def write(self, step: int, metrics: dict) -> None:
+        """Appends one row of scalars; a value that is not finite is written as null."""
+        row = {key: _finite(value) for key, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, **row}) + "\n")
         self._metrics.flush()
         for key, value in row.items():
             if value is not None:
                 self._tensorboard.add_scalar(key, value, step)
 
-    def progress(self, step: int, metrics: dict) -> None:
-        """Prints one line for a step, with the headings every 20 lines."""
+    def step(self, step: int, metrics: dict) -> None:
+        """Writes a training step's row and prints its line, with the headings every 20 lines."""
+        self.write(step, metrics)
+        summed = ("policy_tokens", "teacher_tokens", "corrections/made", "corrections/accepted", "seconds/step")
+        self._sums.update({key: float(metrics[key]) for key in summed if key in metrics})
+        self._sums["steps"] += 1
         if self._lines % 20 == 0:
             self.console.print("  ".join(f"{name:>{_width(form)}}" for name, _, form in COLUMNS), style="bold")
         self._lines += 1
         values = {"step": step, **metrics, "repairs": _repairs(metrics)}
         cells = [form.format(values[key]) if key in values else "-".rjust(_width(form)) for _, key, form in COLUMNS]
         self.console.print("  ".join(cells))
+
+    def evaluation(self, step: int, results: dict[str, float], seconds: float) -> None:
+        """Writes an evaluation's row and prints its line."""
+        self.write(step, results)
+        text = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in results.items() if "@" in key)
+        self.say(f"eval at step {step}: {text}  (k = {results['eval/k']:.0f}, {seconds:.1f} s)", style="cyan")
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style or None, markup=False)
@@ -105,24 +124,67 @@ class Writer:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.workdir / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines)
 
-    def summary(self, before: dict[str, float], after: dict[str, float], totals: dict[str, str], title: str) -> None:
-        """Prints the end table: evaluation before and after, then what the run did."""
-        table = Table(title=title, title_justify="left", header_style="bold")
-        table.add_column("evaluation")
+    def finish(self, before: dict[str, float], after: dict[str, float], recompiles: int) -> None:
+        """Prints the end tables: evaluation before and after, and what the run did; closes the files."""
+        table = Table(title="evaluation", title_justify="left", header_style="bold")
+        table.add_column("metric")
         for heading in ("before", "after", "change"):
             table.add_column(heading, justify="right")
-        for key in after:
-            old, new = before.get(key, float("nan")), after[key]
-            table.add_row(key.removeprefix("eval/"), f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        for key in (key for key in after if "@" in key):
+            change = after[key] - before[key]
+            name = key.removeprefix("eval/").replace("@k", f"@{after['eval/k']:.0f}")
+            table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{change:+.3f}")
         self.console.print(table)
-        facts = Table(show_header=False, box=None)
-        for key, value in totals.items():
-            facts.add_row(key, value)
+        sums, facts = self._sums, Table(show_header=False, box=None)
+        made = sums["corrections/made"]
+        share = f" ({sums['corrections/accepted'] / made:.0%})" if made else ""
+        facts.add_row("repairs accepted / made", f"{sums['corrections/accepted']:.0f} / {made:.0f}{share}")
+        facts.add_row("tokens by policy / teacher", f"{sums['policy_tokens']:,.0f} / {sums['teacher_tokens']:,.0f}")
+        facts.add_row("seconds per step", f"{sums['seconds/step'] / max(sums['steps'], 1):.2f}")
+        facts.add_row("recompilations after warm-up", str(recompiles))
+        facts.add_row("workdir", str(self.workdir))
         self.console.print(facts)
-
-    def close(self) -> None:
         self._metrics.close()
         self._tensorboard.close()
+
+
+def rollout_records(step: int, rows: dict, trace: dict | None, problems, tokenizer, groups: int) -> list[dict]:
+    """Returns what happened to the rollouts of a step's first groups, as JSON-able records.
+
+    Args:
+      rows: the step's rollouts as sampled (train.py's dict of arrays).
+      trace: of train.repair, or None where nothing is repaired.
+      problems: records of the step's prompts; groups: how many of them to write.
+    """
+    decode = lambda ids: tokenizer.decode(ids.tolist())  # noqa: E731
+    accepted = {} if trace is None else {int(r): i for i, r in enumerate(trace["chosen"]) if trace["accepted"][i]}
+    out = []
+    for row in np.flatnonzero(rows["record"] < groups):
+        problem = problems[rows["record"][row]]
+        record = {
+            "step": step, "problem_id": problem["id"], "problem": problem["problem"], "gold": problem["gold"],
+            "completion": decode(rows["ids"][row][rows["mask"][row]]), "reward": float(rows["rewards"][row]),
+            "finished": bool(rows["finished"][row]),
+        }  # fmt: skip
+        if trace is not None:
+            ends = [0, *trace["step_ends"][row][trace["step_mask"][row]].tolist()]
+            record["steps"] = [decode(rows["ids"][row, a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            record["step_scores"] = [round(float(x), 4) for x in trace["scores"][row][trace["step_mask"][row]]]
+            record["first_error"] = int(trace["first_error"][row])
+        if row in accepted:
+            fixed, i = trace["corrected"], accepted[row]
+            source, ids = fixed["source"][i], fixed["ids"][i]
+            record["kept_prefix"] = decode(ids[source == POLICY])
+            record["correction"] = decode(ids[source == TEACHER])
+            record["reward_after"] = float(fixed["rewards"][i])
+        out.append(record)
+    return out
+
+
+def mean_diversity(texts: list[str], group_size: int) -> dict[str, float]:
+    """Returns the mean over groups of `diversity.group_diversity`, under "diversity/" names."""
+    groups = [group_diversity(texts[i : i + group_size]) for i in range(0, len(texts), group_size)]
+    return {f"diversity/{name}": float(np.mean([group[name] for group in groups])) for name in groups[0]}
 
 
 def _width(form: str) -> int:

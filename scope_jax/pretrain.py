@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from scope_jax.data import decode_completions, render_prompt, tokenize_prompts
+from scope_jax.data import decode_completions, decode_steps, tokenize_prompts
 from scope_jax.models.hf import save_hf
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig
@@ -108,6 +108,13 @@ def train_text(model, params, *, steps: int, peak: float, rows: int, hard: dict[
     return params
 
 
+def tokenize_sheets(records: list[dict], tokenizer, bucket: int):
+    """Returns `Prompts` of the bare sheets."""
+    return tokenize_prompts(
+        records, tokenizer=tokenizer, render=str, max_prompt_length=bucket, pad_id=tokenizer.pad_token_id
+    )
+
+
 def label_rollouts(model, params, tokenizer, *, count: int, seed: int):
     """Samples the policy on sheets of 3 .. MAX_SUMS sums and labels each step of each rollout with the checker.
 
@@ -116,9 +123,8 @@ def label_rollouts(model, params, tokenizer, *, count: int, seed: int):
     """
     by_n = range(3, MAX_SUMS + 1)
     records = [worksheet.problems("prm", n=n, seed=seed)[i] for n in by_n for i in range(-(-count // len(by_n)))][:count]
-    render = functools.partial(render_prompt, tokenizer, template="{problem}", chat=False)
     bucket = 3 * MAX_SUMS
-    prompts = tokenize_prompts(records, tokenizer, render, max_prompt_length=bucket, pad_id=tokenizer.pad_token_id)
+    prompts = tokenize_sheets(records, tokenizer, bucket)
     rollouts = jax.device_get(
         generate(
             model, params, prompts.ids, prompts.mask, jax.random.key(seed), group_size=1,
@@ -128,11 +134,8 @@ def label_rollouts(model, params, tokenizer, *, count: int, seed: int):
     ids, mask = rollouts.completion_ids, rollouts.completion_mask
     ends, step_mask = segment_steps(tokenizer, ids, mask, "\n", max_steps=MAX_SUMS + 2)
     labels = np.zeros(ends.shape, np.int32)
-    for row, record in enumerate(records):
-        starts = np.concatenate([[0], ends[row, :-1]])
-        pieces = [ids[row, a:b] for a, b, real in zip(starts, ends[row], step_mask[row], strict=True) if real]
-        texts = decode_completions(tokenizer, pieces, [np.ones(len(p), bool) for p in pieces])
-        labels[row, : len(texts)] = worksheet.check_steps(record["gold"], texts, bool(rollouts.finished[row]))
+    for row, steps in enumerate(decode_steps(tokenizer, ids, ends, step_mask)):
+        labels[row, : len(steps)] = worksheet.check_steps(records[row]["gold"], steps, bool(rollouts.finished[row]))
     return {
         "ids": np.concatenate([prompts.ids, ids], axis=1),
         "mask": np.concatenate([prompts.mask, mask], axis=1),
@@ -184,8 +187,7 @@ def solve_rate(model, params, tokenizer, n: int, count: int = 256) -> float:
     """Returns the share of held-out sheets of `n` sums that one sample each solves."""
     source = worksheet.problems("test", n=n)
     records = [source[i] for i in range(count)]
-    render = functools.partial(render_prompt, tokenizer, template="{problem}", chat=False)
-    prompts = tokenize_prompts(records, tokenizer, render, max_prompt_length=3 * n, pad_id=tokenizer.pad_token_id)
+    prompts = tokenize_sheets(records, tokenizer, 3 * n)
     rollouts = generate(
         model, params, prompts.ids, prompts.mask, jax.random.key(1), group_size=1,
         max_new_tokens=5 * n + 1, eos_ids=(tokenizer.eos_token_id,),

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from multiprocessing.connection import wait
 
@@ -135,6 +135,15 @@ def verify_batch(
             for i in rows:
                 verdicts[i] = verdict
     return verdicts
+
+
+def score_completions(
+    fn: Callable[[str, str], bool | float], golds: Sequence[str], completions: Sequence[str]
+) -> list[float]:
+    """Returns fn(gold, completion) of each pair as a float; `verify` goes through the worker pool as one batch."""
+    if fn is verify:
+        return [float(right) for right in verify_batch(golds, completions)]
+    return [float(fn(gold, text)) for gold, text in zip(golds, completions, strict=True)]
 
 
 def extract_answer(text: str) -> str | None:

@@ -65,12 +65,11 @@ def generate(
     _check_prompts(prompt_ids, prompt_mask)
     if group_size < 1:
         raise InputError(f"group_size must be at least 1, got {group_size}")
-    if not np.asarray(prompt_mask)[:, -1:].all():
+    if not jax.device_get(prompt_mask)[:, -1:].all():
         raise InputError("every prompt needs a token in its last column: prompts are LEFT-padded and not empty")
     rows = prompt_ids.shape[0] * group_size
     options = _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids)
-    sampled = _generate(model, params, prompt_ids, prompt_mask, key, repeats=group_size, **options)
-    return _as_rollouts(_repeat(prompt_ids, group_size), _repeat(prompt_mask, group_size), sampled)
+    return _generate(model, params, prompt_ids, prompt_mask, key, repeats=group_size, **options)
 
 
 def continue_from(
@@ -105,12 +104,11 @@ def continue_from(
     rows = prompt_ids.shape[0]
     if prefix_ids.shape[0] != rows or prefix_length.shape != (rows,):
         raise InputError(f"{rows} prompts, but prefix_ids {prefix_ids.shape} and prefix_length {prefix_length.shape}")
-    longest = int(np.max(np.asarray(prefix_length), initial=0))
-    if longest > prefix_ids.shape[1] or int(np.min(np.asarray(prefix_length), initial=0)) < 0:
-        raise InputError(f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, got up to {longest}")
+    lengths = np.asarray(jax.device_get(prefix_length))
+    if lengths.min(initial=0) < 0 or lengths.max(initial=0) > prefix_ids.shape[1]:
+        raise InputError(f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, got {lengths.min()} .. {lengths.max()}")
     options = _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids)
-    sampled = _continue(model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, **options)
-    return _as_rollouts(prompt_ids, prompt_mask, sampled)
+    return _continue(model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, **options)
 
 
 def _check_prompts(prompt_ids, prompt_mask) -> None:
@@ -126,12 +124,13 @@ def _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, t
         raise InputError(f"max_new_tokens must lie in 0 .. {length} with room for a token, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise InputError(f"temperature >= 0, 0 < top_p <= 1, top_k >= 0 expected: {temperature=}, {top_p=}, {top_k=}")
-    row_ids = np.arange(rows) if row_ids is None else row_ids
+    row_ids = np.arange(rows, dtype=np.int32) if row_ids is None else row_ids
     return {
-        "budgets": jnp.asarray(budgets),
-        "row_ids": jnp.asarray(row_ids, jnp.int32),
-        "temperature": jnp.float32(temperature or 1.0),
-        "top_p": jnp.float32(top_p),
+        # device_put: explicit, so that a caller's transfer guard lets it pass
+        "budgets": jax.device_put(budgets),
+        "row_ids": jax.device_put(row_ids),
+        "temperature": jax.device_put(np.float32(temperature or 1.0)),
+        "top_p": jax.device_put(np.float32(top_p)),
         "length": length,
         "eos_ids": tuple(int(i) for i in np.atleast_1d(np.asarray(eos_ids, np.int32))),
         "greedy": temperature == 0,
@@ -139,15 +138,6 @@ def _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, t
         "use_top_p": top_p < 1,
         "pad_id": int(pad_id),
     }
-
-
-def _as_rollouts(prompt_ids, prompt_mask, sampled: dict[str, jax.Array]) -> Rollouts:
-    token_source = jnp.where(sampled["completion_mask"], POLICY, PAD).astype(jnp.int8)
-    return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, token_source=token_source, **sampled)
-
-
-def _repeat(x, repeats: int):
-    return jnp.repeat(jnp.asarray(x), repeats, axis=0)
 
 
 _STATIC = ("model", "length", "eos_ids", "greedy", "top_k", "use_top_p", "pad_id")
@@ -159,8 +149,11 @@ def _generate(model, params, prompt_ids, prompt_mask, key, *, repeats, length, *
     cache = model.init_cache(rows, slots + length)
     positions = positions_from_mask(prompt_mask)
     hidden, cache = model(params, prompt_ids, positions=positions, cache=cache)
-    hidden, next_position = (_repeat(x, repeats) for x in (hidden[:, -1], positions[:, -1] + 1))
-    return _decode(model, params, repeat_rows(cache, repeats), hidden, next_position, key, length=length, **options)
+    repeat = functools.partial(jnp.repeat, repeats=repeats, axis=0)  # [P, ...] -> [B, ...]
+    hidden, next_position = repeat(hidden[:, -1]), repeat(positions[:, -1] + 1)
+    cache = repeat_rows(cache, repeats)
+    sampled = _decode(model, params, cache, hidden, next_position, key, length=length, **options)
+    return Rollouts(prompt_ids=repeat(prompt_ids), prompt_mask=repeat(prompt_mask), **sampled)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -170,7 +163,9 @@ def _continue(model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length,
     positions = positions_from_mask(context_mask)
     cache = model.init_cache(rows, slots + length)
     hidden, cache = model(params, context, positions=positions, cache=cache)
-    return _decode(model, params, cache, hidden[:, -1], positions[:, -1] + 1, key, length=length, **options)
+    next_position = positions[:, -1] + 1
+    sampled = _decode(model, params, cache, hidden[:, -1], next_position, key, length=length, **options)
+    return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
 def _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length):
@@ -230,7 +225,8 @@ def _decode(model, params, cache, hidden, next_position, key, *, budgets, row_id
     }
     start: dict[str, Any] = {"out": out, "finished": jnp.zeros(rows, bool), "done": budgets <= 0}
     state, _ = jax.lax.while_loop(unfinished, body, (sample(start, hidden, jnp.int32(0)), cache))
-    return {**state["out"], "finished": state["finished"]}
+    token_source = jnp.where(state["out"]["completion_mask"], POLICY, PAD).astype(jnp.int8)
+    return {**state["out"], "token_source": token_source, "finished": state["finished"]}
 
 
 def _draw(logits, keys, *, temperature, top_p, greedy, top_k, use_top_p):

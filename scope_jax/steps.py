@@ -167,7 +167,7 @@ def _token_offsets(
     those n decodes: a token whose own text comes next is taken at its word; elsewhere (split UTF-8,
     stripped spaces) a window grows, as in streaming detokenizers, until it shows what the text has
     and the next token adds to it just what that token shows alone. Exact for byte-level tokenizers;
-    with SentencePiece, runs of raw bytes that are no UTF-8 may be credited to a neighbour.
+    SentencePiece may credit leading spaces, or raw bytes that are no UTF-8, to a neighbour.
 
     Returns:
       completed [n] int, non-decreasing, and begun [n] int, which adds the character that token i
@@ -177,7 +177,7 @@ def _token_offsets(
     completed, unfinished = np.zeros(n, np.int64), np.zeros(n, bool)
     offset = i = 0
     while i < n:
-        own = own_text(ids[i]) if i else None  # the first token may have lost its space
+        own = own_text(ids[i])
         if own is not None and text.startswith(own, offset):
             offset += len(own)
             completed[i] = offset

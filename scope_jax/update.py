@@ -8,7 +8,7 @@ import optax
 
 from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
 from scope_jax.models.kv_cache import positions_from_mask
-from scope_jax.records import PAD, InputError, TrainBatch, TrainState
+from scope_jax.records import PAD, TEACHER, InputError, TrainBatch, TrainState
 
 
 def make_schedule(kind: str, *, learning_rate: float, warmup_steps: int, total_steps: int, end_factor: float):
@@ -73,9 +73,6 @@ def completion_logps(model, params, batch, *, temperature=1.0, chunk_size=1024):
         temperature=temperature,
         chunk_size=chunk_size,
     )
-
-
-recompute_logps = functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size"))(completion_logps)
 
 
 def batch_loss(
@@ -167,3 +164,45 @@ def train_step(model, optimizer, state: TrainState, batch: TrainBatch, *, micro_
     params = optax.apply_updates(state.params, updates)
     norms = {"loss": loss, "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
     return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
+
+
+def split_rows(batch: TrainBatch, parts: int) -> list[TrainBatch]:
+    """Splits a host batch into mini-batches of neighbouring rows (whole groups, where the sizes allow)."""
+    size = batch.advantages.shape[0] // parts
+    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
+
+
+def update_policy(
+    model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler", ref_params=None,
+    temperature=1.0, chunk_size=1024, **options,
+):  # fmt: skip
+    """Takes one optimizer update per mini-batch.
+
+    Args:
+      minis: mini-batches on the device, sampled under the weights of `state`.
+      old_logps: "sampler" takes pi_old from the batch; "recompute" from one forward of `state`'s weights, for POLICY
+        tokens (a teacher's log-probs stay), before the first update.
+      ref_params: of the KL's reference; needed with kl_coef > 0.
+      options: `train_step`'s.
+    Returns:
+      (new state, list of the updates' diagnostics, on the device).
+    """
+    if old_logps not in ("sampler", "recompute"):
+        raise InputError(f'old_logps must be "sampler" or "recompute", got {old_logps!r}')
+    settings = {"temperature": temperature, "chunk_size": chunk_size}
+    if old_logps == "recompute":
+        minis = [fill_logps(model, state.params, mini, field="old_logps", **settings) for mini in minis]
+    if ref_params is not None:
+        minis = [fill_logps(model, ref_params, mini, field="ref_logps", **settings) for mini in minis]
+    infos = []
+    for mini in minis:
+        state, info = train_step(model, optimizer, state, mini, **settings, **options)
+        infos.append(info)
+    return state, infos
+
+
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size", "field"))
+def fill_logps(model, params, batch: TrainBatch, *, temperature, chunk_size, field) -> TrainBatch:
+    """Returns the batch with `field` set to the log-probs of POLICY tokens under `params`; TEACHER ones stay."""
+    logps, _ = completion_logps(model, params, batch, temperature=temperature, chunk_size=chunk_size)
+    return batch.replace(**{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)})

@@ -7,6 +7,7 @@ map as [out, in] with heads flattened, we store [in dims ..., out dims ...] stac
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -145,10 +146,9 @@ def load_tokenizer(path_or_hub_id):
     Raises:
       InputError: the directory has none, or it has no end token.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found" is no news here
     from transformers import AutoTokenizer  # seconds to import: only commands that need text pay for it
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # "PyTorch was not found" is no news here
     directory = resolve(path_or_hub_id)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
