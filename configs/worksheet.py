@@ -1,10 +1,14 @@
-"""The default: a two-layer policy learns its worksheet (scope_jax/tasks/worksheet.py) on a laptop, in minutes.
+"""The default: a two-layer policy learns its worksheet (scope_jax/tasks/worksheet.py) on a laptop,
+in minutes.
 
     python -m scope_jax.train --config configs/worksheet.py --workdir /tmp/run
-    python -m scope_jax.train --config configs/worksheet.py:n=6 --workdir /tmp/run6 --config.method=dr_grpo
+    python -m scope_jax.train --config configs/worksheet.py:n=6 --workdir /tmp/run6
+    --config.method=dr_grpo
 
-Arguments: n (sums on a sheet, default 5; out-of-distribution sheets have two more), runlocal (two steps, tiny).
-Models: the package's own 0.15 M parameter policy, teacher and TRAINED process reward model (python -m scope_jax.pretrain).
+Arguments: n (sums on a sheet, default 5; out-of-distribution sheets have two more), runlocal (two
+steps, tiny).
+Models: the package's own 0.15 M parameter policy, teacher and TRAINED process reward model (python
+-m scope_jax.pretrain).
 Hardware: 2 CPU cores.
 """
 
@@ -22,14 +26,18 @@ def get_config(arg: str = ""):
     config.reward.fn = "scope_jax.tasks.worksheet:verify"
     config.prompt.chat = False
     config.data.update(prompts_per_step=16, max_prompt_length=3 * (n + 2))
-    config.model.path, config.teacher.path, config.prm.path = f"{MODELS}/policy", f"{MODELS}/teacher", f"{MODELS}/prm"
+    config.model.path, config.teacher.path, config.prm.path = (
+        f"{MODELS}/policy",
+        f"{MODELS}/teacher",
+        f"{MODELS}/prm",
+    )
     config.sample.max_new_tokens = 5 * n + 6
     config.steps.update(splitter="\n", max_steps=n + 2)
     config.optimizer.learning_rate = 3e-4
     config.eval.update(problems=256, batch_size=256, max_new_tokens=5 * (n + 2) + 6)
     if arguments.runlocal:
         config.total_steps = 2
-        config.data.prompts_per_step = 4
+        config.data.prompts_per_step = 8  # divides over the 8 virtual devices of the tests
         config.sample.group_size = 4
         config.eval.update(problems=8, batch_size=8, group_size=2)
         config.log.update(rollouts_every=1, diversity_every=1)

@@ -1,6 +1,7 @@
 """Orbax checkpoints of everything that matters: params, optimizer, step, and where the data stood.
 
-The config lies beside them in the workdir (config.json); randomness needs no state (a function of seed and step).
+The config lies beside them in the workdir (config.json); randomness needs no state (a function of
+seed and step).
 """
 
 import pathlib
@@ -13,14 +14,24 @@ from scope_jax.records import InputError, TrainState
 
 
 def open_checkpoints(workdir, *, keep: int = 2) -> ocp.CheckpointManager:
-    """Returns the manager of WORKDIR/checkpoints; saves run in the background, the newest `keep` are kept."""
+    """Returns the manager of WORKDIR/checkpoints; saves run in the background, the newest `keep`
+    are kept.
+    """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager((pathlib.Path(workdir) / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(
+        (pathlib.Path(workdir) / "checkpoints").absolute(), options=options
+    )
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
-    """Saves the state after `step` training steps; returns as soon as the arrays are copied to the host."""
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
+def save(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, data_state: dict[str, Any]
+) -> None:
+    """Saves the state after `step` training steps; returns as soon as the arrays are copied to the
+    host.
+    """
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+    )
     manager.save(step, args=items, force=True)
 
 

@@ -1,16 +1,18 @@
 """Configs: find and load a config file, apply command-line overrides, shrink for a laptop.
 
-A config file defines `get_config(arg: str = "") -> ConfigDict`; `--config configs/worksheet.py:n=6,runlocal` passes
-"n=6,runlocal" as `arg`. Overrides are typed by the value they replace, and an unknown key is an error that names the
-closest one.
+A config file defines `get_config(arg: str = "") -> ConfigDict`; `--config
+configs/worksheet.py:n=6,runlocal` passes "n=6,runlocal" as `arg`. Overrides are typed by the value
+they replace, and an unknown key is an error that names the closest one.
 """
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,25 @@ from ml_collections import ConfigDict
 from scope_jax.methods import METHODS
 from scope_jax.records import InputError
 
-_SHIPPED = (pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parent.parent / "configs")
+_SHIPPED = (
+    pathlib.Path(__file__).parent / "configs",
+    pathlib.Path(__file__).parent.parent / "configs",
+)
+
+
+def one_line_errors(command: Callable[[list[str] | None], None]):
+    """Makes a command return 0, or print the one line of an InputError or OSError and return 2."""
+
+    @functools.wraps(command)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            command(argv)
+        except (InputError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return run
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
@@ -32,7 +52,9 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     for part in filter(None, (p.strip() for p in arg.split(","))):
         name, _, text = part.partition("=")
         if name not in defaults:
-            raise InputError(f"config argument {name!r} is not known{_closest(name, list(defaults))}")
+            raise InputError(
+                f"config argument {name!r} is not known{_closest(name, list(defaults))}"
+            )
         config[name] = _typed(name, text if "=" in part else "True", defaults[name])
     return config
 
@@ -40,10 +62,12 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
 def load_config(spec: str, overrides: list[str]) -> ConfigDict:
     """Loads PATH[:arg] and applies "--config.a.b=value" overrides.
 
-    `config.method` names one of METHODS: its changes are applied after the file's values and before the command line's.
+    `config.method` names one of METHODS: its changes are applied after the file's values and before
+    the command line's.
 
     Args:
-      spec: a config file, or the name of one that the package ships ("worksheet"), with an optional ":arg".
+      spec: a config file, or the name of one that the package ships ("worksheet"), with an optional
+        ":arg".
       overrides: command-line arguments.
     Raises:
       InputError: no such file, an unknown key or method, a value of another type.
@@ -63,7 +87,9 @@ def load_config(spec: str, overrides: list[str]) -> ConfigDict:
 
 
 def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -> None:
-    """Sets the dotted `key` of a config to a value of the type it has; text is parsed if `parse`."""
+    """Sets the dotted `key` of a config to a value of the type it has; text is parsed if
+    `parse`.
+    """
     *parents, leaf = key.split(".")
     node = config
     for depth, name in enumerate([*parents, leaf]):
@@ -75,14 +101,21 @@ def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -
         if depth < len(parents):
             node = node[name]
     if isinstance(node[leaf], ConfigDict):
-        raise InputError(f"config key {key!r} is a group; set one of {', '.join(f'{key}.{k}' for k in node[leaf])}")
+        raise InputError(
+            f"config key {key!r} is a group; set one of "
+            + ", ".join(f"{key}.{name}" for name in node[leaf])
+        )
     typed = _typed(key, value, node[leaf]) if parse else value
-    with node.ignore_type():  # None <-> number is allowed below, ConfigDict's own check would refuse it
+    with (
+        node.ignore_type()
+    ):  # None <-> number is allowed below, ConfigDict's own check would refuse it
         node[leaf] = typed
 
 
 def _typed(key: str, text: str, old: Any) -> Any:
-    """Parses text as the type of the value it replaces; "none" stands for None where that is or was allowed."""
+    """Parses text as the type of the value it replaces; "none" stands for None where that is or was
+    allowed.
+    """
     if isinstance(old, str):
         return text
     names = {"true": True, "false": False, "none": None}
@@ -100,14 +133,23 @@ def _typed(key: str, text: str, old: Any) -> Any:
 
 def _split_override(text: str) -> tuple[str, str]:
     if not text.startswith("--config.") or "=" not in text:
-        raise InputError(f"argument {text!r} is not understood; overrides look like --config.optimizer.learning_rate=1e-4")
+        raise InputError(
+            f"argument {text!r} is not understood; overrides look like "
+            "--config.optimizer.learning_rate=1e-4"
+        )
     key, _, value = text.removeprefix("--config.").partition("=")
     return key, value
 
 
 def _closest(name: str, known: list[str]) -> str:
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}" if known else ""
+    return (
+        f"; did you mean {match[0]!r}?"
+        if match
+        else f"; known: {', '.join(sorted(known))}"
+        if known
+        else ""
+    )
 
 
 def _load_module(path: str):
@@ -119,7 +161,10 @@ def _load_module(path: str):
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         shipped = sorted(f.stem for folder in _SHIPPED for f in folder.glob("[a-z]*.py"))
-        raise InputError(f"config file {path} does not exist; shipped configs: {', '.join(dict.fromkeys(shipped))}")
+        raise InputError(
+            f"config file {path} does not exist; shipped configs: "
+            + ", ".join(dict.fromkeys(shipped))
+        )
     module_spec = importlib.util.spec_from_file_location(f"scope_jax_config_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -130,7 +175,9 @@ def _load_module(path: str):
 
 
 def load_object(reference: str, kind: str) -> Callable:
-    """Returns the object that "package.module:name" names; `kind` says in errors what it was wanted for."""
+    """Returns the object that "package.module:name" names; `kind` says in errors what it was wanted
+    for.
+    """
     module_name, _, name = reference.partition(":")
     try:
         found = importlib.import_module(module_name)
@@ -138,7 +185,9 @@ def load_object(reference: str, kind: str) -> Callable:
         raise InputError(f"{kind} {reference!r}: cannot import {module_name}: {error}") from None
     for part in filter(None, name.split(".")):
         if not hasattr(found, part):
-            raise InputError(f"{kind} {reference!r}: {module_name} has no {name!r}{_closest(name, dir(found))}")
+            raise InputError(
+                f"{kind} {reference!r}: {module_name} has no {name!r}{_closest(name, dir(found))}"
+            )
         found = getattr(found, part)
     return found
 
@@ -149,7 +198,8 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     `total_steps`, `log`, `eval` and `checkpoint` may differ: they do not change what was trained.
 
     Raises:
-      InputError: the workdir belongs to another config (the first differing key is named); nothing is written then.
+      InputError: the workdir belongs to another config (the first differing key is named); nothing
+      is written then.
     """
     free = ("total_steps", "log", "eval", "checkpoint")
     file = workdir / "config.json"
@@ -167,7 +217,10 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     elif workdir.exists() and not workdir.is_dir():
         raise InputError(f"workdir {workdir} is a file")
     elif workdir.is_dir() and any(workdir.iterdir()):
-        raise InputError(f"{workdir} holds files but no config.json: not a workdir of scope_jax; use another --workdir")
+        raise InputError(
+            f"{workdir} holds files but no config.json: not a workdir of scope_jax; "
+            "use another --workdir"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
 
@@ -175,5 +228,9 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat

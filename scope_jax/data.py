@@ -1,9 +1,11 @@
 """Prompts: problems from files or tasks through Grain, tokenised into a LEFT-padded bucket.
 
-The iterator's state (`get_state`) goes into the checkpoint, so a resumed run continues with the next problem.
+The iterator's state (`get_state`) goes into the checkpoint, so a resumed run continues with the
+next problem.
 """
 
 import gzip
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -19,14 +21,14 @@ def read_jsonl(path) -> list[dict[str, Any]]:
     """Returns the objects of a .jsonl or .jsonl.gz file.
 
     Raises:
-      InputError: no such file, or a line that is not a JSON object (file and line number are named).
+      InputError: no such file, or a line that is not a JSON object (file and line number are
+      named).
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"data file {path} does not exist")
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     rows = []
-    with opened as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -35,7 +37,9 @@ def read_jsonl(path) -> list[dict[str, Any]]:
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: a JSON object per line expected, got {type(row).__name__}")
+                raise InputError(
+                    f"{path}:{number}: a JSON object per line expected, got {type(row).__name__}"
+                )
             rows.append({**row, "_source": f"{path}:{number}"})
     if not rows:
         raise InputError(f"{path} holds no rows")
@@ -43,7 +47,8 @@ def read_jsonl(path) -> list[dict[str, Any]]:
 
 
 def prompt_iterator(source: Sequence[dict], *, batch_size: int, seed: int, shuffle: bool = True):
-    """Returns an endless, checkpointable Grain iterator over batches (lists) of records; reshuffled every epoch.
+    """Returns an endless, checkpointable Grain iterator over batches (lists) of records; reshuffled
+    every epoch.
 
     Raises:
       InputError: fewer records than one batch.
@@ -63,7 +68,8 @@ def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system:
       tokenizer: a transformers tokenizer; its chat template is used if `chat`.
       problem: goes where `template` says {problem}.
       template: of the user's text.
-      chat: wrap it in the chat template, with `system` (if any) before it, up to the assistant's turn.
+      chat: wrap it in the chat template, with `system` (if any) before it, up to the assistant's
+        turn.
       system: the system message.
     """
     text = template.replace("{problem}", problem)  # not str.format: problems contain braces
@@ -75,7 +81,12 @@ def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system:
 
 
 def tokenize_prompts(
-    records: Sequence[dict], *, tokenizer, render: Callable[[str], str], max_prompt_length: int, pad_id: int
+    records: Sequence[dict],
+    *,
+    tokenizer,
+    render: Callable[[str], str],
+    max_prompt_length: int,
+    pad_id: int,
 ) -> Prompts:
     """Returns the records' prompts in one LEFT-padded bucket [P, max_prompt_length].
 
@@ -88,7 +99,8 @@ def tokenize_prompts(
         tokens = tokenizer.encode(render(record["problem"]), add_special_tokens=False)
         if not 0 < len(tokens) <= max_prompt_length:
             raise InputError(
-                f"problem {record['id']} has {len(tokens)} prompt tokens; data.max_prompt_length is {max_prompt_length}"
+                f"problem {record['id']} has {len(tokens)} prompt tokens; "
+                f"data.max_prompt_length is {max_prompt_length}"
             )
         ids[row, -len(tokens) :] = tokens
         mask[row, -len(tokens) :] = True
@@ -97,10 +109,15 @@ def tokenize_prompts(
 
 def decode_completions(tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[str]:
     """Returns the text of each right-padded row, special tokens left out."""
-    return [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)]
+    return [
+        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
+        for row, keep in zip(ids, mask, strict=True)
+    ]
 
 
-def decode_steps(tokenizer, ids: np.ndarray, step_ends: np.ndarray, step_mask: np.ndarray) -> list[list[str]]:
+def decode_steps(
+    tokenizer, ids: np.ndarray, step_ends: np.ndarray, step_mask: np.ndarray
+) -> list[list[str]]:
     """Returns the texts of each row's reasoning steps, special tokens left out.
 
     Args:
@@ -108,7 +125,8 @@ def decode_steps(tokenizer, ids: np.ndarray, step_ends: np.ndarray, step_mask: n
     """
     texts = []
     for row, ends, real in zip(ids, step_ends, step_mask, strict=True):
-        ends = [0, *ends[real].tolist()]
-        pieces = zip(ends[:-1], ends[1:], strict=True)
-        texts.append([tokenizer.decode(row[a:b].tolist(), skip_special_tokens=True) for a, b in pieces])
+        pieces = itertools.pairwise([0, *ends[real].tolist()])
+        texts.append(
+            [tokenizer.decode(row[a:b].tolist(), skip_special_tokens=True) for a, b in pieces]
+        )
     return texts

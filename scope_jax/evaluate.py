@@ -1,7 +1,7 @@
 """Evaluation: how often a policy solves held-out problems, and the command that runs it alone.
 
-    python -m scope_jax.evaluate --config worksheet --workdir W          (a run's newest checkpoint)
-    python -m scope_jax.evaluate --config worksheet --model DIR          (a Hugging Face directory)
+python -m scope_jax.evaluate --config worksheet --workdir W          (a run's newest checkpoint)
+python -m scope_jax.evaluate --config worksheet --model DIR          (a Hugging Face directory)
 """
 
 import argparse
@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from scope_jax.checkpoint import restore_params
-from scope_jax.configlib import load_config
+from scope_jax.configlib import load_config, one_line_errors
 from scope_jax.data import decode_completions
 from scope_jax.diversity import pass_at_k
-from scope_jax.records import InputError
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
 from scope_jax.sampling import generate
@@ -27,10 +26,12 @@ from scope_jax.sharding import put_batch
 
 
 def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_size, **sampling):
-    """Samples `group_size` completions of every record and returns their rewards [len(records), group_size].
+    """Samples `group_size` completions of every record and returns their rewards [len(records),
+    group_size].
 
     Args:
-      records: rows of the task; the last batch is filled up by repeating the last one, so one program serves all.
+      records: rows of the task; the last batch is filled up by repeating the last one, so one
+        program serves all.
       batch_size: problems at a time.
       sampling: max_new_tokens, temperature (`generate`'s).
     """
@@ -52,13 +53,17 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
 
 
 def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, float]:
-    """Returns pass@1 (mean over samples) and pass@k (k = group_size) on the test split and, if asked for, "ood".
+    """Returns pass@1 (mean over samples) and pass@k (k = group_size) on the test split and, if
+    asked for, "ood".
 
     The same problems and keys each time, so that two evaluations of a run are paired.
     """
     options = dict(config.eval)
     options.pop("every")
-    count, splits = options.pop("problems"), {"test": "", "ood": "ood_"} if options.pop("ood") else {"test": ""}
+    count, splits = (
+        options.pop("problems"),
+        {"test": "", "ood": "ood_"} if options.pop("ood") else {"test": ""},
+    )
     key = jax.device_put(jax.random.key(config.seed + 1))
     results = {}
     for split, prefix in splits.items():
@@ -72,39 +77,33 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
     return {**results, "eval/k": float(options["group_size"])}
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scope_jax.evaluate",
-        description="Samples a policy on the config's held-out problems; prints pass@1 and pass@k.",
+        description="Samples a policy on the config's held-out problems; prints pass@1, pass@k.",
         epilog="example: python -m scope_jax.evaluate --config worksheet:n=6 --workdir /tmp/run "
         "--config.eval.problems=512",
     )
-    parser.add_argument("--config", required=True, help="config file or shipped name, with an optional :arg")
+    parser.add_argument("--config", required=True, help="file or shipped name, with :arg if any")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", type=pathlib.Path, help="of a training run: its newest checkpoint")
+    which.add_argument("--workdir", help="of a training run: its newest checkpoint is evaluated")
     which.add_argument("--model", help="Hugging Face directory, or a run's workdir")
     args, overrides = parser.parse_known_args(argv)
-    try:
-        config = load_config(args.config, overrides)
-        workdir = args.workdir
-        if args.model is not None and (pathlib.Path(args.model) / "checkpoints").is_dir():
-            workdir = pathlib.Path(args.model)
-        elif args.model is not None:
-            config.model.path = args.model
-        policy, params = load_policy(config)
-        params = params if workdir is None else restore_params(workdir, params)
-        results = evaluate_policy(policy, params, config)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    table = Table(title=f"{workdir or config.model.path}, {config.eval.problems} problems", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
+    config, workdir = load_config(args.config, overrides), args.workdir
+    if args.model is not None and (pathlib.Path(args.model) / "checkpoints").is_dir():
+        workdir = args.model
+    elif args.model is not None:
+        config.model.path = args.model
+    policy, params = load_policy(config)
+    params = params if workdir is None else restore_params(workdir, params)
+    results = evaluate_policy(policy, params, config)
+    title = f"{workdir or config.model.path}, {config.eval.problems} problems"
+    table = Table("metric", "value", title=title, title_justify="left")
     for key, value in results.items():
         table.add_row(key.removeprefix("eval/"), f"{value:.3f}")
     Console().print(table)
     print(json.dumps(results))
-    return 0
 
 
 if __name__ == "__main__":

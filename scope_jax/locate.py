@@ -1,6 +1,7 @@
 """Where a rollout first goes wrong, and which rollouts are worth a repair.
 
-`first_error_step` is the method's locator; the others are its ablations. All return -1 where no step is marked.
+`first_error_step` is the method's locator; the others are its ablations. All return -1 where no
+step is marked.
 """
 
 import functools
@@ -17,9 +18,11 @@ LOCATORS = ("prm", "oracle", "random", "random_correct", "zero")
 
 
 def first_error_step(step_scores, step_mask, threshold):
-    """Returns the first reasoning step that the PRM scores below `threshold`; -1 where there is none.
+    """Returns the first reasoning step that the PRM scores below `threshold`; -1 where there is
+    none.
 
-    The -1 convention is ProcessBench's (https://arxiv.org/abs/2412.06559). Padded steps are never reported.
+    The -1 convention is ProcessBench's (https://arxiv.org/abs/2412.06559). Padded steps are never
+    reported.
 
     Args:
       step_scores: [B, S] float, probability that each step is correct.
@@ -44,7 +47,8 @@ def locate(step_scores, step_mask, key, *, locator="prm", tau=0.5, on_no_error="
       locator: "prm" and "oracle" are `first_error_step`; "random" is uniform over steps 1 .. K - 1;
         "random_correct" uniform over 1 .. the first error; "zero" always the first step.
       tau: threshold of the scores.
-      on_no_error: "skip" leaves a rollout without a low step alone; "argmin" cuts before its lowest one.
+      on_no_error: "skip" leaves a rollout without a low step alone; "argmin" cuts before its lowest
+        one.
     Returns:
       [B] int32, -1 = none.
     """
@@ -109,34 +113,45 @@ def select_candidates(
       first_error: [B] int32 from `locate`.
       step_scores, step_mask: [B, S].
       group_size: G.
-      select: "wrong"; "wrong_or_low_prm" also takes right rollouts with a step below tau (lucky answers); "any".
+      select: "wrong"; "wrong_or_low_prm" also takes right rollouts with a step below tau (lucky
+        answers); "any".
       require_finished: leave out rollouts that ran out of budget.
-      trigger: which groups are repaired: "always", "acc_below" (solve rate below `trigger_accuracy`), "all_wrong",
-        "mixed_only" (some right, some wrong).
-      min_prefix_steps, min_prefix_ratio: fewest steps, and smallest share of the steps, that a repair must keep.
+      trigger: which groups are repaired: "always", "acc_below" (solve rate below
+        `trigger_accuracy`), "all_wrong", "mixed_only" (some right, some wrong).
+      min_prefix_steps, min_prefix_ratio: fewest steps, and smallest share of the steps, that a
+        repair must keep.
     Returns:
       [B] bool.
     """
     if select not in SELECT or trigger not in TRIGGERS:
-        raise InputError(f"select must be one of {SELECT} and trigger of {TRIGGERS}, got {select!r}, {trigger!r}")
+        raise InputError(
+            f"select must be one of {SELECT} and trigger of {TRIGGERS}, got {select!r}, {trigger!r}"
+        )
     wrong = rewards < solved_at
     low = first_error_step(step_scores, step_mask, tau) >= 0
     chosen = {"wrong": wrong, "wrong_or_low_prm": wrong | low, "any": jnp.ones_like(wrong)}[select]
-    accuracy = (~wrong).reshape(-1, group_size).mean(-1, keepdims=True)  # [P, 1]
+    right = (~wrong).reshape(-1, group_size).sum(-1, keepdims=True)  # [P, 1]
     open_groups = {
-        "always": jnp.ones_like(accuracy, bool),
-        "acc_below": accuracy < trigger_accuracy,
-        "all_wrong": accuracy == 0,
-        "mixed_only": (accuracy > 0) & (accuracy < 1),
+        "always": jnp.ones_like(right, bool),
+        "acc_below": right < trigger_accuracy * group_size,
+        "all_wrong": right == 0,
+        "mixed_only": (right > 0) & (right < group_size),
     }[trigger]
     chosen &= jnp.broadcast_to(open_groups, (open_groups.shape[0], group_size)).reshape(-1)
     num_steps = step_mask.sum(-1)
-    chosen &= (first_error >= min_prefix_steps) & (first_error >= min_prefix_ratio * num_steps) & (num_steps > 0)
+    chosen &= (
+        (first_error >= min_prefix_steps)
+        & (first_error >= min_prefix_ratio * num_steps)
+        & (num_steps > 0)
+    )
     return chosen & finished if require_finished else chosen
 
 
-def rank_candidates(candidates, first_error, step_scores, step_mask, *, group_size, n_correct, limit=None):
-    """Orders each group's candidates by the share of their steps that is right, and returns the best rows.
+def rank_candidates(
+    candidates, first_error, step_scores, step_mask, *, group_size, n_correct, limit=None
+):
+    """Orders each group's candidates by the share of their steps that is right, and returns the
+    best rows.
 
     Ties go to the higher mean score of the kept prefix, then to the earlier row.
 
@@ -148,7 +163,8 @@ def rank_candidates(candidates, first_error, step_scores, step_mask, *, group_si
       n_correct: repairs per group; -1 = every candidate.
       limit: [P] int32, at most so many in each group (what `n_correct` cannot say: it is static).
     Returns:
-      (rows [P * n] int32 row indices into B, grouped by prompt; is_real [P * n] bool, False on filling), n = n_correct or G.
+      (rows [P * n] int32 row indices into B, grouped by prompt; is_real [P * n] bool, False on
+      filling), n = n_correct or G.
     """
     chex.assert_rank([candidates, first_error, step_scores], [1, 1, 2])
     take = group_size if n_correct < 0 else min(n_correct, group_size)
@@ -156,7 +172,9 @@ def rank_candidates(candidates, first_error, step_scores, step_mask, *, group_si
     correct_share = first_error / jnp.maximum(step_mask.sum(-1), 1)
     prefix_score = jnp.where(kept, step_scores, 0.0).sum(-1) / jnp.maximum(kept.sum(-1), 1)
     columns = [x.reshape(-1, group_size) for x in (-prefix_score, -correct_share, ~candidates)]
-    order = jnp.lexsort(columns, axis=-1)[:, :take]  # the last column is the primary key: candidates first
+    order = jnp.lexsort(columns, axis=-1)[
+        :, :take
+    ]  # the last column is the primary key: candidates first
     rows = order + group_size * jnp.arange(order.shape[0])[:, None]
     is_real = candidates[rows]
     if limit is not None:
@@ -165,47 +183,64 @@ def rank_candidates(candidates, first_error, step_scores, step_mask, *, group_si
 
 
 def random_wrong_rows(rewards, key, *, group_size, count, solved_at=1.0):
-    """Returns [P * count] int32 distinct random rows of each group, wrong ones first (insert="replace_random_wrong")."""
+    """Returns [P * count] int32 distinct random rows of each group, wrong ones first
+    (insert="replace_random_wrong").
+    """
     wrong = (rewards < solved_at).reshape(-1, group_size)
-    order = jnp.argsort(jax.random.uniform(key, wrong.shape) + jnp.where(wrong, 0.0, 1.0), axis=-1)[:, :count]
+    order = jnp.argsort(jax.random.uniform(key, wrong.shape) + jnp.where(wrong, 0.0, 1.0), axis=-1)[
+        :, :count
+    ]
     return (order + group_size * jnp.arange(order.shape[0])[:, None]).reshape(-1).astype(jnp.int32)
 
 
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "group_size", "solved_at", "n_correct", "spare_last_wrong", "replace_random", "locator", "tau", "on_no_error",
-        "select", "require_finished", "trigger", "trigger_accuracy", "min_prefix_steps", "min_prefix_ratio",
+        "group_size", "solved_at", "n_correct", "spare_last_wrong", "replace_random", "locator",
+        "tau", "on_no_error", "select", "require_finished", "trigger", "trigger_accuracy",
+        "min_prefix_steps", "min_prefix_ratio",
     ),
 )  # fmt: skip
 def plan_corrections(
     rewards, finished, step_scores, step_ends, step_mask, keys, *, group_size, solved_at, n_correct,
     spare_last_wrong, replace_random, locator, tau, on_no_error, **select_options,
 ):  # fmt: skip
-    """Locates the first errors and decides which rollouts are cut where: all of the above in one program.
+    """Locates the first errors and decides which rollouts are cut where: all of the above in one
+    program.
 
     Args:
       keys: (of the locator, of random replacement).
-      n_correct: repairs per group, -1 = all; C = P * n_correct (or P * G) rows come back, some of them filling.
+      n_correct: repairs per group, -1 = all; C = P * n_correct (or P * G) rows come back, some of
+        them filling.
       spare_last_wrong: leave each group one wrong row, for an all-right group has no advantage.
       replace_random: a correction replaces a random wrong row instead of its source.
       locator, tau, on_no_error: `locate`'s; select_options: `select_candidates`'.
     Returns:
-      (first_error [B], rows [C] int32 sources of the corrections, is_real [C] bool, prefix_length [C] int32 tokens
-      kept, targets [C] int32 rows that are replaced).
+      (first_error [B], rows [C] int32 sources of the corrections, is_real [C] bool, prefix_length
+      [C] int32 tokens kept, targets [C] int32 rows that are replaced).
     """
-    first_error = locate(step_scores, step_mask, keys[0], locator=locator, tau=tau, on_no_error=on_no_error)
+    first_error = locate(
+        step_scores, step_mask, keys[0], locator=locator, tau=tau, on_no_error=on_no_error
+    )
     candidates = select_candidates(
         rewards, finished, first_error, step_scores, step_mask,
         group_size=group_size, tau=tau, solved_at=solved_at, **select_options,
     )  # fmt: skip
     limit = (rewards < solved_at).reshape(-1, group_size).sum(-1) - 1 if spare_last_wrong else None
     rows, is_real = rank_candidates(
-        candidates, first_error, step_scores, step_mask, group_size=group_size, n_correct=n_correct, limit=limit
+        candidates,
+        first_error,
+        step_scores,
+        step_mask,
+        group_size=group_size,
+        n_correct=n_correct,
+        limit=limit,
     )
     kept = jnp.where(is_real, prefix_length(first_error, step_ends, step_mask)[rows], 0)
     targets = rows
     if replace_random:
         count = rows.shape[0] * group_size // rewards.shape[0]
-        targets = random_wrong_rows(rewards, keys[1], group_size=group_size, count=count, solved_at=solved_at)
+        targets = random_wrong_rows(
+            rewards, keys[1], group_size=group_size, count=count, solved_at=solved_at
+        )
     return first_error, rows, is_real, kept, targets

@@ -1,11 +1,10 @@
 """What a rollout teaches: token log-probs, advantages, the policy loss and its aggregation.
 
 Pure functions of arrays. Shapes as in records.py. The formulas are METHOD's: clipped ratio (PPO,
-https://arxiv.org/abs/1707.06347) on tokens that the sampling policy wrote, LUFFY's shaped probability
-(https://arxiv.org/abs/2504.14945) on tokens that a teacher wrote, Dr.GRPO's aggregation
+https://arxiv.org/abs/1707.06347) on tokens that the sampling policy wrote, LUFFY's shaped
+probability (https://arxiv.org/abs/2504.14945) on tokens that a teacher wrote, Dr.GRPO's aggregation
 (https://arxiv.org/abs/2503.20783) by default.
 """
-
 
 import functools
 
@@ -20,10 +19,11 @@ OFF_POLICY = ("shaped", "linear", "teacher_prob", "sft")
 
 
 def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
-    """Returns the log-prob of each target token and the entropy of each position, without a [B, T, V] array.
+    """Returns the log-prob of each target token and the entropy of each position, without a [B, T,
+    V] array.
 
-    Positions are taken `chunk_size` at a time, each chunk's logits recomputed in the backward pass, so that memory
-    holds [chunk_size, V] at once, forward and backward.
+    Positions are taken `chunk_size` at a time, each chunk's logits recomputed in the backward pass,
+    so that memory holds [chunk_size, V] at once, forward and backward.
 
     Args:
       hidden: [B, T, D]; hidden[:, t] predicts targets[:, t].
@@ -40,12 +40,16 @@ def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
     count = rows * length
     chunk = min(chunk_size, count)
     padding = -count % chunk
-    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(-1, chunk, width)
+    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(
+        -1, chunk, width
+    )
     flat_targets = jnp.pad(targets.reshape(count), (0, padding)).reshape(-1, chunk)
 
     @jax.checkpoint
     def one_chunk(chunk_hidden, chunk_targets):
-        logits = (chunk_hidden @ unembed.astype(chunk_hidden.dtype)).astype(jnp.float32) / temperature  # [chunk, V]
+        logits = (chunk_hidden @ unembed.astype(chunk_hidden.dtype)).astype(
+            jnp.float32
+        ) / temperature  # [chunk, V]
         logps = jax.nn.log_softmax(logits, axis=-1)
         picked = jnp.take_along_axis(logps, chunk_targets[:, None], axis=-1)[:, 0]
         return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
@@ -58,25 +62,31 @@ def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
     return unflatten(logps), unflatten(entropy)
 
 
-def group_advantages(rewards, group_size, *, scale="none", baseline="group", on_policy=None, row_mask=None):
+def group_advantages(
+    rewards, group_size, *, scale="none", baseline="group", on_policy=None, row_mask=None
+):
     """Returns the advantage of each rollout within its group.
 
     "group" and scale "none" are Dr.GRPO (https://arxiv.org/abs/2503.20783), "std" is GRPO
-    (https://arxiv.org/abs/2402.03300). All-wrong group of 8 with one row repaired: +0.875 and 7 times -0.125.
+    (https://arxiv.org/abs/2402.03300). All-wrong group of 8 with one row repaired: +0.875 and 7
+    times -0.125.
 
     Args:
       rewards: [B] float, row-major by prompt.
       group_size: slots of a group (B is a multiple of it), empty ones included.
-      scale: "none", or "std": divided by (the sample deviation of all rows that count, ddof 1, + 1e-6).
-      baseline: "group" mean; "on_policy" mean of the rows with on_policy True (a group without one falls back to
-        "group"); "leave_one_out" mean of the other rows.
+      scale: "none", or "std": divided by (the sample deviation of all rows that count, ddof 1, +
+        1e-6).
+      baseline: "group" mean; "on_policy" mean of the rows with on_policy True (a group without one
+        falls back to "group"); "leave_one_out" mean of the other rows.
       on_policy: [B] bool, rows sampled by the policy alone; needed by baseline="on_policy".
       row_mask: [B] bool, False on empty slots: they are left out of means and deviations and get 0.
     Returns:
       [B] float32. A group of one row gets 0.
     """
     if baseline not in ("group", "on_policy", "leave_one_out"):
-        raise InputError(f'baseline must be "group", "on_policy" or "leave_one_out", got {baseline!r}')
+        raise InputError(
+            f'baseline must be "group", "on_policy" or "leave_one_out", got {baseline!r}'
+        )
     if scale not in ("none", "std"):
         raise InputError(f'scale must be "none" or "std", got {scale!r}')
     chex.assert_rank(rewards, 1)
@@ -92,7 +102,9 @@ def group_advantages(rewards, group_size, *, scale="none", baseline="group", on_
         center = (rewards.sum(-1, keepdims=True) - rewards) / jnp.maximum(size - 1, 1)
     elif baseline == "on_policy":
         if on_policy is None:
-            raise InputError('baseline="on_policy" needs on_policy, the mask of rows sampled by the policy alone')
+            raise InputError(
+                'baseline="on_policy" needs on_policy, the mask of rows sampled by the policy alone'
+            )
         own = counts & by_group(on_policy)
         own_size = own.sum(-1, keepdims=True)
         own_mean = jnp.where(own, rewards, 0.0).sum(-1, keepdims=True) / jnp.maximum(own_size, 1)
@@ -106,7 +118,9 @@ def group_advantages(rewards, group_size, *, scale="none", baseline="group", on_
     return jnp.where(counts & (size > 1), advantages, 0.0).reshape(-1)
 
 
-def token_advantages(advantages, token_source, *, w_prefix=1.0, w_correction=1.0, salvage_only=False):
+def token_advantages(
+    advantages, token_source, *, w_prefix=1.0, w_correction=1.0, salvage_only=False
+):
     """Spreads row advantages over tokens, weighted by who wrote them.
 
     Args:
@@ -114,7 +128,8 @@ def token_advantages(advantages, token_source, *, w_prefix=1.0, w_correction=1.0
       token_source: [B, T] int8. Rows that hold a TEACHER token are repaired rows.
       w_prefix: factor on the policy's own tokens of repaired rows.
       w_correction: factor on TEACHER tokens.
-      salvage_only: policy tokens of repaired rows use max(advantage, 0), so that a kept prefix is never punished.
+      salvage_only: policy tokens of repaired rows use max(advantage, 0), so that a kept prefix is
+        never punished.
     Returns:
       [B, T] float32.
     """
@@ -125,20 +140,35 @@ def token_advantages(advantages, token_source, *, w_prefix=1.0, w_correction=1.0
     return jnp.where(teacher, w_correction * spread, jnp.where(prefix, w_prefix * own, spread))
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "scale", "baseline", "prefix_in_loss", "w_prefix", "w_correction", "salvage_only"))
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "group_size",
+        "scale",
+        "baseline",
+        "prefix_in_loss",
+        "w_prefix",
+        "w_correction",
+        "salvage_only",
+    ),
+)
 def assign_credit(
-    rewards, token_source, row_mask, *, group_size, scale, baseline, prefix_in_loss=True, w_prefix=1.0, w_correction=1.0,
+    rewards, token_source, row_mask, *, group_size, scale, baseline, prefix_in_loss=True,
+    w_prefix=1.0, w_correction=1.0,
     salvage_only=False,
 ):  # fmt: skip
-    """Row advantages, spread over the tokens that are in the loss; the two functions above in one program.
+    """Row advantages, spread over the tokens that are in the loss; the two functions above in one
+    program.
 
     Args:
       rewards: [B] float32; token_source: [B, T] int8; row_mask: [B] bool, False on empty slots.
       group_size, scale, baseline: `group_advantages`'; repaired rows are not on policy.
-      prefix_in_loss: False takes the policy's tokens of repaired rows out of every sum and denominator.
+      prefix_in_loss: False takes the policy's tokens of repaired rows out of every sum and
+        denominator.
       w_prefix, w_correction, salvage_only: `token_advantages`'.
     Returns:
-      (advantages [B, T] float32, token_source [B, T] int8 with PAD where a token is in no loss, advantages [B]).
+      (advantages [B, T] float32, token_source [B, T] int8 with PAD where a token is in no loss,
+      advantages [B]).
     """
     token_source = jnp.where(row_mask[:, None], token_source, PAD).astype(jnp.int8)
     repaired = (token_source == TEACHER).any(-1)
@@ -146,7 +176,11 @@ def assign_credit(
         rewards, group_size, scale=scale, baseline=baseline, on_policy=~repaired, row_mask=row_mask
     )
     by_token = token_advantages(
-        by_row, token_source, w_prefix=w_prefix, w_correction=w_correction, salvage_only=salvage_only
+        by_row,
+        token_source,
+        w_prefix=w_prefix,
+        w_correction=w_correction,
+        salvage_only=salvage_only,
     )
     if not prefix_in_loss:
         left_out = (token_source == POLICY) & repaired[:, None]
@@ -155,9 +189,11 @@ def assign_credit(
 
 
 def shape_off_policy(prob, gamma=0.1):
-    """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on tokens that the policy finds unlikely.
+    """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on tokens that the policy
+    finds unlikely.
 
-    The weight on grad log p is gamma * p / (p + gamma)^2: 0.25 at p = 0.1, 0.0826446 at p = 1 and at p = 0.01.
+    The weight on grad log p is gamma * p / (p + gamma)^2: 0.25 at p = 0.1, 0.0826446 at p = 1 and
+    at p = 0.01.
 
     >>> shape_off_policy(0.1)
     0.5
@@ -166,9 +202,11 @@ def shape_off_policy(prob, gamma=0.1):
 
 
 def loss_denominator(mask, loss_agg):
-    """Returns the [] float32 count that `aggregate` divides by: rows with a token in the loss, or such tokens.
+    """Returns the [] float32 count that `aggregate` divides by: rows with a token in the loss, or
+    such tokens.
 
-    Micro-batches weigh their losses by their share of it, so that their sum is the full batch's loss.
+    Micro-batches weigh their losses by their share of it, so that their sum is the full batch's
+    loss.
     """
     rows = mask.any(-1).sum()
     return jnp.maximum(mask.sum() if loss_agg == "token-mean" else rows, 1).astype(jnp.float32)
@@ -187,7 +225,9 @@ def aggregate(values, mask, loss_agg, max_length):
       [] float32.
     """
     if loss_agg not in LOSS_AGGREGATIONS:
-        raise InputError(f"loss_agg must be one of {', '.join(LOSS_AGGREGATIONS)}, got {loss_agg!r}")
+        raise InputError(
+            f"loss_agg must be one of {', '.join(LOSS_AGGREGATIONS)}, got {loss_agg!r}"
+        )
     sums = jnp.where(mask, values, 0.0).sum(-1)  # [B]
     if loss_agg == "seq-mean-token-sum-norm":
         sums = sums / max_length
@@ -211,14 +251,14 @@ def policy_loss(
 ):
     """The loss whose gradient moves the policy: each token by who wrote it.
 
-    POLICY tokens: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) with rho = exp(logps - old_logps).
-    TEACHER tokens, p = exp(logps), never clipped:
+    POLICY tokens: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) with rho = exp(logps -
+    old_logps). TEACHER tokens, p = exp(logps), never clipped:
       "shaped" -f(p) A | "linear" -p A | "teacher_prob" -min(max(rho, 0), 2) A | "sft" -log p.
 
     Args:
       logps: [B, T] float32, of the weights being trained.
-      old_logps: [B, T] float32, of the weights that sampled. Not read at PAD; not read at TEACHER unless
-        off_policy="teacher_prob", where they are the teacher's own.
+      old_logps: [B, T] float32, of the weights that sampled. Not read at PAD; not read at TEACHER
+        unless off_policy="teacher_prob", where they are the teacher's own.
       advantages: [B] or [B, T] float32.
       token_source: [B, T] int8; PAD tokens are in no sum and no denominator.
       clip_low, clip_high: None = that side is not clipped.
@@ -236,10 +276,11 @@ def policy_loss(
     policy, teacher = token_source == POLICY, token_source == TEACHER
     mask = token_source != PAD
     reads_old = mask if off_policy == "teacher_prob" else policy
-    # Double where: the operands are made safe BEFORE exp, else an unread -inf or NaN still poisons the gradient.
+    # Double where: the operands are made safe BEFORE exp, else an unread -inf or NaN still poisons
+    # the gradient.
     safe_logps = jnp.where(mask, logps, 0.0)
     log_ratio = safe_logps - jnp.where(reads_old, old_logps, jax.lax.stop_gradient(safe_logps))
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(jnp.minimum(log_ratio, 80.0))  # finite: 0 * inf is NaN in the backward pass
     clipped = jnp.clip(
         ratio,
         None if clip_low is None else 1.0 - clip_low,
@@ -255,13 +296,20 @@ def policy_loss(
         teacher_loss = -jnp.clip(ratio, 0.0, 2.0) * advantages
     else:
         teacher_loss = -jnp.where(teacher, safe_logps, 0.0)
-    loss = aggregate(jnp.where(teacher, teacher_loss, on_policy_loss), mask, loss_agg, max_length or logps.shape[1])
+    loss = aggregate(
+        jnp.where(teacher, teacher_loss, on_policy_loss),
+        mask,
+        loss_agg,
+        max_length or logps.shape[1],
+    )
 
     mean_over = lambda where, x: jnp.where(where, x, 0.0).sum() / jnp.maximum(where.sum(), 1)  # noqa: E731
     cut = (clipped * advantages < ratio * advantages) & policy
     return loss, {
         "ratio_mean": mean_over(policy, ratio),
-        "log_ratio_max": jnp.max(jnp.where(policy, jnp.abs(log_ratio), 0.0)),  # before an update: sampler against trainer
+        "log_ratio_max": jnp.max(
+            jnp.where(policy, jnp.abs(log_ratio), 0.0)
+        ),  # before an update: sampler against trainer
         "clip_fraction": mean_over(policy, cut),
         "approx_kl": mean_over(policy, ratio - 1.0 - log_ratio),
         "teacher_prob_mean": mean_over(teacher, prob),
@@ -270,7 +318,8 @@ def policy_loss(
 
 
 def kl_penalty(logps, ref_logps, token_source):
-    """Returns the k3 estimate of KL(policy || reference) per token, 0 off POLICY tokens (http://joschu.net/blog/kl-approx.html).
+    """Returns the k3 estimate of KL(policy || reference) per token, 0 off POLICY tokens
+    (http://joschu.net/blog/kl-approx.html).
 
     Args:
       logps, ref_logps: [B, T] float32.
@@ -280,6 +329,4 @@ def kl_penalty(logps, ref_logps, token_source):
     """
     policy = token_source == POLICY
     gap = jnp.where(policy, ref_logps, 0.0) - jnp.where(policy, logps, 0.0)
-    return jnp.exp(gap) - 1.0 - gap
-
-
+    return jnp.expm1(gap) - gap  # exp(gap) - 1 - gap loses all digits of a small gap

@@ -1,7 +1,8 @@
 """Every option of the method with its default, and what each rival changes.
 
-The defaults are SCOPE's as METHOD reads the paper; options whose value is our choice, not the paper's, are listed in
-experiments/ASSUMPTIONS.md. A config file starts from `default_config()` and states what it changes.
+The defaults are SCOPE's as METHOD reads the paper; options whose value is our choice, not the
+paper's, are listed in experiments/ASSUMPTIONS.md. A config file starts from `default_config()` and
+states what it changes.
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +16,12 @@ def default_config() -> ConfigDict:
             "seed": 0,
             "total_steps": 500,  # may be raised to continue a finished run
             # Where problems and rewards come from
-            "task": {"module": ""},  # "package.module" with problems(split, **the other keys); see scope_jax/tasks
+            "task": {
+                "module": ""
+            },  # "package.module" with problems(split, **the other keys); see scope_jax/tasks
             "reward": {
-                "fn": "",  # "package.module:function", (gold, completion) -> bool or float; "" = the task's verify
+                # "package.module:function", (gold: str, completion: str) -> bool or float
+                "fn": "",
                 "solved_at": 1.0,  # a reward below it is a wrong rollout
             },
             "prompt": {"template": "{problem}", "chat": True, "system": ""},
@@ -26,14 +30,21 @@ def default_config() -> ConfigDict:
             "model": {"path": "", "dtype": "float32", "remat": False},
             "prm": {"path": ""},  # "" = a random head on the base policy (a smoke test, not a PRM)
             "teacher": {
-                "kind": "model",  # "model" | "dataset" (the problem's own worked solution, aligned by step)
+                # "model" | "dataset" (the problem's own worked solution, aligned by step)
+                "kind": "model",
                 "path": "",  # of a model with the policy's tokenizer
                 "temperature": 1.0,
                 "top_p": 1.0,
             },
             "mesh": {"data": -1, "fsdp": 1, "model": 1},
             # Rollouts
-            "sample": {"group_size": 8, "max_new_tokens": 8192, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            "sample": {
+                "group_size": 8,
+                "max_new_tokens": 8192,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+            },
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},
             "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
@@ -50,11 +61,17 @@ def default_config() -> ConfigDict:
                 "attempts": 1,
                 "accept": "verified_correct",  # | "prm_ok" | "any"
                 "insert": "replace_source",  # | "append" | "replace_random_wrong"
-                "keep_last_wrong": True,  # with replacement and the group baseline: an all-right group teaches nothing
+                # with replacement and the group baseline: an all-right group teaches nothing
+                "keep_last_wrong": True,
             },
             # What is learnt
             "advantages": {"scale": "none", "baseline": "group"},
-            "credit": {"w_prefix": 1.0, "w_correction": 1.0, "salvage_only": False, "prefix_in_loss": True},
+            "credit": {
+                "w_prefix": 1.0,
+                "w_correction": 1.0,
+                "salvage_only": False,
+                "prefix_in_loss": True,
+            },
             "loss": {
                 "clip_low": 0.2,  # none = not clipped
                 "clip_high": 0.2,
@@ -68,7 +85,8 @@ def default_config() -> ConfigDict:
             "learn": {
                 "mini_batches": 2,  # optimizer updates per training step
                 "micro_batches": 1,  # parts that a mini-batch's gradient is summed over
-                "old_logps": "sampler",  # | "recompute": one forward of the trainer before the updates
+                # | "recompute": one forward of the trainer before the updates
+                "old_logps": "sampler",
             },
             "optimizer": {
                 "learning_rate": 1e-6,
@@ -106,7 +124,8 @@ METHODS = {
         "advantages.scale": "std",
         "loss.loss_agg": "seq-mean-token-mean",
     },
-    # One rollout of each group gives way to a whole teacher trace, whatever its reward; no clip on either side.
+    # One rollout of each group gives way to a whole teacher trace, whatever its reward; no clip on
+    # either side.
     "luffy": {
         "locate.locator": "zero",
         "select.select": "any",

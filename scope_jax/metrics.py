@@ -1,7 +1,10 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard events, sampled rollouts, and the terminal."""
+"""What a run writes about itself: metrics.jsonl, TensorBoard events, sampled rollouts, and the
+terminal.
+"""
 
 import collections
 import contextlib
+import itertools
 import json
 import pathlib
 import time
@@ -44,13 +47,18 @@ class Timer:
         self.seconds[phase] += time.perf_counter() - start
 
     def flush(self, **tokens: float) -> dict[str, float]:
-        """Returns {"seconds/PHASE": s, "tokens_per_s/PHASE": n / s} since the last flush and starts over.
+        """Returns {"seconds/PHASE": s, "tokens_per_s/PHASE": n / s} since the last flush and starts
+        over.
 
         Args:
           tokens: tokens handled per phase.
         """
         seconds = {f"seconds/{phase}": value for phase, value in self.seconds.items()}
-        speeds = {f"tokens_per_s/{p}": float(n) / self.seconds[p] for p, n in tokens.items() if self.seconds.get(p)}
+        speeds = {
+            f"tokens_per_s/{p}": float(n) / self.seconds[p]
+            for p, n in tokens.items()
+            if self.seconds.get(p)
+        }
         self.seconds.clear()
         return seconds | speeds
 
@@ -68,11 +76,13 @@ class CompileCounter:
 
 
 class Writer:
-    """Writes a run's metrics to WORKDIR/metrics.jsonl and TensorBoard, its rollouts to WORKDIR/rollouts, lines to stdout.
+    """Writes a run's metrics to WORKDIR/metrics.jsonl and TensorBoard, its rollouts to
+    WORKDIR/rollouts, lines to stdout.
 
     Args:
       workdir: of the run.
-      start_step: steps already done; lines of metrics.jsonl beyond it (of an interrupted run) are dropped.
+      start_step: steps already done; lines of metrics.jsonl beyond it (of an interrupted run) are
+        dropped.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int = 0):
@@ -100,32 +110,48 @@ class Writer:
     def step(self, step: int, metrics: dict) -> None:
         """Writes a training step's row and prints its line, with the headings every 20 lines."""
         self.write(step, metrics)
-        summed = ("policy_tokens", "teacher_tokens", "corrections/made", "corrections/accepted", "seconds/step")
+        summed = (
+            "policy_tokens",
+            "teacher_tokens",
+            "corrections/made",
+            "corrections/accepted",
+            "seconds/step",
+        )
         self._sums.update({key: float(metrics[key]) for key in summed if key in metrics})
         self._sums["steps"] += 1
         if self._lines % 20 == 0:
-            self.console.print("  ".join(f"{name:>{_width(form)}}" for name, _, form in COLUMNS), style="bold")
+            self.console.print(
+                "  ".join(f"{name:>{_width(form)}}" for name, _, form in COLUMNS), style="bold"
+            )
         self._lines += 1
         values = {"step": step, **metrics, "repairs": _repairs(metrics)}
-        cells = [form.format(values[key]) if key in values else "-".rjust(_width(form)) for _, key, form in COLUMNS]
+        cells = [
+            form.format(values[key]) if key in values else "-".rjust(_width(form))
+            for _, key, form in COLUMNS
+        ]
         self.console.print("  ".join(cells))
 
-    def evaluation(self, step: int, results: dict[str, float], seconds: float) -> None:
-        """Writes an evaluation's row and prints its line."""
+    def evaluation(self, step: int, results: dict[str, float]) -> dict[str, float]:
+        """Writes an evaluation's row and prints its line; returns the results."""
         self.write(step, results)
-        text = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in results.items() if "@" in key)
-        self.say(f"eval at step {step}: {text}  (k = {results['eval/k']:.0f}, {seconds:.1f} s)", style="cyan")
+        shown = (f"{key.removeprefix('eval/')} {x:.3f}" for key, x in results.items() if "@" in key)
+        text = f"eval at step {step}: {'  '.join(shown)}  (k = {results['eval/k']:.0f})"
+        self.say(text, style="cyan")
+        return results
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style or None, markup=False)
 
-    def rollouts(self, step: int, records: list[dict]) -> None:
-        """Writes records as JSON lines to rollouts/step_NNNNNN.jsonl; text stays data, whatever it holds."""
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (self.workdir / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines)
+    def rollouts(self, step: int, rows, trace, problems, tokenizer, *, groups: int) -> None:
+        """Writes `rollout_records` as JSON lines to rollouts/step_NNNNNN.jsonl."""
+        records = rollout_records(step, rows, trace, problems, tokenizer, groups)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (self.workdir / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
 
     def finish(self, before: dict[str, float], after: dict[str, float], recompiles: int) -> None:
-        """Prints the end tables: evaluation before and after, and what the run did; closes the files."""
+        """Prints the end tables: evaluation before and after, and what the run did; closes the
+        files.
+        """
         table = Table(title="evaluation", title_justify="left", header_style="bold")
         table.add_column("metric")
         for heading in ("before", "after", "change"):
@@ -138,8 +164,13 @@ class Writer:
         sums, facts = self._sums, Table(show_header=False, box=None)
         made = sums["corrections/made"]
         share = f" ({sums['corrections/accepted'] / made:.0%})" if made else ""
-        facts.add_row("repairs accepted / made", f"{sums['corrections/accepted']:.0f} / {made:.0f}{share}")
-        facts.add_row("tokens by policy / teacher", f"{sums['policy_tokens']:,.0f} / {sums['teacher_tokens']:,.0f}")
+        facts.add_row(
+            "repairs accepted / made", f"{sums['corrections/accepted']:.0f} / {made:.0f}{share}"
+        )
+        facts.add_row(
+            "tokens by policy / teacher",
+            f"{sums['policy_tokens']:,.0f} / {sums['teacher_tokens']:,.0f}",
+        )
         facts.add_row("seconds per step", f"{sums['seconds/step'] / max(sums['steps'], 1):.2f}")
         facts.add_row("recompilations after warm-up", str(recompiles))
         facts.add_row("workdir", str(self.workdir))
@@ -148,43 +179,68 @@ class Writer:
         self._tensorboard.close()
 
 
-def rollout_records(step: int, rows: dict, trace: dict | None, problems, tokenizer, groups: int) -> list[dict]:
+def rollout_records(step: int, rows: dict, trace, problems, tokenizer, groups: int) -> list[dict]:
     """Returns what happened to the rollouts of a step's first groups, as JSON-able records.
 
     Args:
       rows: the step's rollouts as sampled (train.py's dict of arrays).
-      trace: of train.repair, or None where nothing is repaired.
-      problems: records of the step's prompts; groups: how many of them to write.
+      trace: (step_ends, step_mask, scores, first_error, chosen, accepted, corrected rows) of
+        train.repair, or None where nothing is repaired.
+      problems: records of the step's prompts.
+      groups: how many of them to write.
     """
     decode = lambda ids: tokenizer.decode(ids.tolist())  # noqa: E731
-    accepted = {} if trace is None else {int(r): i for i, r in enumerate(trace["chosen"]) if trace["accepted"][i]}
-    out = []
+    records = []
     for row in np.flatnonzero(rows["record"] < groups):
         problem = problems[rows["record"][row]]
-        record = {
-            "step": step, "problem_id": problem["id"], "problem": problem["problem"], "gold": problem["gold"],
-            "completion": decode(rows["ids"][row][rows["mask"][row]]), "reward": float(rows["rewards"][row]),
-            "finished": bool(rows["finished"][row]),
-        }  # fmt: skip
+        record = {"step": step} | {key: problem[key] for key in ("id", "problem", "gold")}
+        record["completion"] = decode(rows["ids"][row][rows["mask"][row]])
+        record["reward"] = float(rows["rewards"][row])
+        record["finished"] = bool(rows["finished"][row])
         if trace is not None:
-            ends = [0, *trace["step_ends"][row][trace["step_mask"][row]].tolist()]
-            record["steps"] = [decode(rows["ids"][row, a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-            record["step_scores"] = [round(float(x), 4) for x in trace["scores"][row][trace["step_mask"][row]]]
-            record["first_error"] = int(trace["first_error"][row])
-        if row in accepted:
-            fixed, i = trace["corrected"], accepted[row]
-            source, ids = fixed["source"][i], fixed["ids"][i]
-            record["kept_prefix"] = decode(ids[source == POLICY])
-            record["correction"] = decode(ids[source == TEACHER])
-            record["reward_after"] = float(fixed["rewards"][i])
-        out.append(record)
-    return out
+            step_ends, step_mask, scores, first_error, chosen, accepted, corrected = trace
+            cuts = itertools.pairwise([0, *step_ends[row][step_mask[row]].tolist()])
+            record["steps"] = [decode(rows["ids"][row, a:b]) for a, b in cuts]
+            record["step_scores"] = [round(float(x), 4) for x in scores[row][step_mask[row]]]
+            record["first_error"] = int(first_error[row])
+            for i in np.flatnonzero((chosen == row) & accepted):
+                ids, source = corrected["ids"][i], corrected["source"][i]
+                record["kept_prefix"] = decode(ids[source == POLICY])
+                record["correction"] = decode(ids[source == TEACHER])
+                record["reward_after"] = float(corrected["rewards"][i])
+        records.append(record)
+    return records
+
+
+def correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens) -> dict[str, float]:
+    """Returns what a step's repairs amounted to.
+
+    Args:
+      plan: (first_error [B], chosen [C], is_real [C], ..) of `locate.plan_corrections`.
+      accepted: [C] bool; step_mask: [B, S] bool, steps that were scored; wrong: [B] bool.
+      teacher_tokens: tokens that teachers wrote, rejected ones included.
+    """
+    first_error, chosen, is_real = plan[:3]
+    scored, repaired = step_mask.any(1), chosen[is_real]
+    share = (first_error / np.maximum(step_mask.sum(1), 1))[repaired]
+    mean = lambda x, empty: float(x.mean()) if x.size else empty  # noqa: E731
+    return {
+        "corrections/made": int(is_real.sum()),
+        "corrections/accepted": int(accepted.sum()),
+        "corrections/correct_share": mean(share, 0.0),
+        "corrections/first_error": mean(first_error[repaired], -1.0),
+        "teacher_tokens": teacher_tokens,
+        "prm/agreement": mean(((first_error >= 0) == wrong)[scored], 0.0),  # verdict on the whole
+        "prm/unscored": int((~scored).sum()),
+    }
 
 
 def mean_diversity(texts: list[str], group_size: int) -> dict[str, float]:
     """Returns the mean over groups of `diversity.group_diversity`, under "diversity/" names."""
     groups = [group_diversity(texts[i : i + group_size]) for i in range(0, len(texts), group_size)]
-    return {f"diversity/{name}": float(np.mean([group[name] for group in groups])) for name in groups[0]}
+    return {
+        f"diversity/{name}": float(np.mean([group[name] for group in groups])) for name in groups[0]
+    }
 
 
 def _width(form: str) -> int:
@@ -203,7 +259,9 @@ def _finite(value) -> float | None:
 
 
 def _step_of(line: str) -> float:
-    """Returns the step of a metrics line; a torn last line of a killed run counts as beyond every step."""
+    """Returns the step of a metrics line; a torn last line of a killed run counts as beyond every
+    step.
+    """
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

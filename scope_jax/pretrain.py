@@ -1,11 +1,16 @@
-"""Makes the worksheet's three small models: the base policy, the teacher and the process reward model.
+"""Makes the worksheet's three small models: the base policy, the teacher and the process reward
+model.
 
-    python -m scope_jax.pretrain --out scope_jax/tasks/worksheet_models        (re-makes what the package ships)
+    python -m scope_jax.pretrain --out scope_jax/tasks/worksheet_models        (re-makes what the
+    package ships)
 
-* policy: a two-layer Llama trained on solutions in which a hard fact (worksheet.hard_facts) has a fixed wrong value
-  three times out of four. It writes well-formed solutions and is right about a sheet only now and then.
+* policy: a two-layer Llama trained on solutions in which a hard fact (worksheet.hard_facts) has a
+fixed wrong value
+  three times out of four. It writes well-formed solutions and is right about a sheet only now and
+  then.
 * teacher: the same network trained on with the right values.
-* prm: the teacher's backbone and a fresh head, trained on the policy's own rollouts with the checker's step labels.
+* prm: the teacher's backbone and a fresh head, trained on the policy's own rollouts with the
+checker's step labels.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
+from scope_jax.configlib import one_line_errors
 from scope_jax.data import decode_completions, decode_steps, tokenize_prompts
 from scope_jax.models.hf import save_hf
 from scope_jax.models.kv_cache import positions_from_mask
@@ -50,14 +56,20 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[2-9][-+*][2-9]|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD_TOKEN, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
     )
 
 
-def solved_sheets(rows: int, n: int, rng: np.random.Generator, hard: dict[str, int]) -> tuple[np.ndarray, int]:
+def solved_sheets(
+    rows: int, n: int, rng: np.random.Generator, hard: dict[str, int]
+) -> tuple[np.ndarray, int]:
     """Returns (ids [rows, 8 n + 1] int32 of sheets and their solutions, prompt length 3 n).
 
-    A fact in `hard` gets its right value with probability RIGHT_SHARE, else the wrong one it maps to.
+    A fact in `hard` gets its right value with probability RIGHT_SHARE, else the wrong one it maps
+    to.
     """
     right = np.array([worksheet.fact_value(fact) for fact in worksheet.FACTS])
     wrong = np.array([hard.get(fact, worksheet.fact_value(fact)) for fact in worksheet.FACTS])
@@ -78,64 +90,94 @@ def solved_sheets(rows: int, n: int, rng: np.random.Generator, hard: dict[str, i
 
 def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(100, steps // 10), steps, 0.02 * peak)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "optimizer", "prompt_length"), donate_argnames=("params", "opt"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "optimizer", "prompt_length"),
+    donate_argnames=("params", "opt"),
+)
 def text_step(model, optimizer, params, opt, ids, *, prompt_length):
     """One supervised update on the solutions of whole sheets; returns (params, opt, loss)."""
 
     def loss_fn(params):
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1] - 1)[None], (ids.shape[0], ids.shape[1] - 1))
+        positions = jnp.broadcast_to(
+            jnp.arange(ids.shape[1] - 1)[None], (ids.shape[0], ids.shape[1] - 1)
+        )
         hidden, _ = model(params, ids[:, :-1], positions=positions)
         logits = hidden[:, prompt_length - 1 :] @ model.unembed(params)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, prompt_length:]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, ids[:, prompt_length:]
+        ).mean()
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
     updates, opt = optimizer.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt, loss
 
 
-def train_text(model, params, *, steps: int, peak: float, rows: int, hard: dict[str, int], seed: int, name: str):
+def train_text(
+    model, params, *, steps: int, peak: float, rows: int, hard: dict[str, int], seed: int, name: str
+):
     """Trains on freshly drawn sheets of 2 .. MAX_SUMS sums; returns params."""
     optimizer = make_optimizer(steps, peak)
     opt, rng, start = optimizer.init(params), np.random.default_rng(seed), time.time()
     for step in range(1, steps + 1):
         ids, prompt_length = solved_sheets(rows, int(rng.integers(2, MAX_SUMS + 1)), rng, hard)
-        params, opt, loss = text_step(model, optimizer, params, opt, ids, prompt_length=prompt_length)
+        params, opt, loss = text_step(
+            model, optimizer, params, opt, ids, prompt_length=prompt_length
+        )
         if step % 250 == 0 or step == steps:
-            print(f"{name:8} step {step:5}/{steps}  loss {float(loss):.3f}  {time.time() - start:.0f}s", flush=True)
+            print(
+                f"{name:8} step {step:5}/{steps}  loss {float(loss):.3f}  "
+                f"{time.time() - start:.0f}s",
+                flush=True,
+            )
     return params
 
 
 def tokenize_sheets(records: list[dict], tokenizer, bucket: int):
     """Returns `Prompts` of the bare sheets."""
     return tokenize_prompts(
-        records, tokenizer=tokenizer, render=str, max_prompt_length=bucket, pad_id=tokenizer.pad_token_id
+        records,
+        tokenizer=tokenizer,
+        render=str,
+        max_prompt_length=bucket,
+        pad_id=tokenizer.pad_token_id,
     )
 
 
 def label_rollouts(model, params, tokenizer, *, count: int, seed: int):
-    """Samples the policy on sheets of 3 .. MAX_SUMS sums and labels each step of each rollout with the checker.
+    """Samples the policy on sheets of 3 .. MAX_SUMS sums and labels each step of each rollout with
+    the checker.
 
     Returns:
       dict of ids, mask [count, L], score_positions, step_mask, labels [count, S].
     """
     by_n = range(3, MAX_SUMS + 1)
-    records = [worksheet.problems("prm", n=n, seed=seed)[i] for n in by_n for i in range(-(-count // len(by_n)))][:count]
+    records = [
+        worksheet.problems("prm", n=n, seed=seed)[i]
+        for n in by_n
+        for i in range(-(-count // len(by_n)))
+    ][:count]
     bucket = 3 * MAX_SUMS
     prompts = tokenize_sheets(records, tokenizer, bucket)
     rollouts = jax.device_get(
         generate(
             model, params, prompts.ids, prompts.mask, jax.random.key(seed), group_size=1,
-            max_new_tokens=5 * MAX_SUMS + 1, eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id,
+            max_new_tokens=5 * MAX_SUMS + 1, eos_ids=(tokenizer.eos_token_id,),
+            pad_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     ids, mask = rollouts.completion_ids, rollouts.completion_mask
     ends, step_mask = segment_steps(tokenizer, ids, mask, "\n", max_steps=MAX_SUMS + 2)
     labels = np.zeros(ends.shape, np.int32)
     for row, steps in enumerate(decode_steps(tokenizer, ids, ends, step_mask)):
-        labels[row, : len(steps)] = worksheet.check_steps(records[row]["gold"], steps, bool(rollouts.finished[row]))
+        labels[row, : len(steps)] = worksheet.check_steps(
+            records[row]["gold"], steps, bool(rollouts.finished[row])
+        )
     return {
         "ids": np.concatenate([prompts.ids, ids], axis=1),
         "mask": np.concatenate([prompts.mask, mask], axis=1),
@@ -150,7 +192,9 @@ def prm_step(prm, optimizer, params, opt, batch):
     """One update of backbone and head on step labels; returns (params, opt, loss)."""
 
     def loss_fn(params):
-        logits = prm.logits(params, batch["ids"], positions_from_mask(batch["mask"]), batch["score_positions"])
+        logits = prm.logits(
+            params, batch["ids"], positions_from_mask(batch["mask"]), batch["score_positions"]
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.where(batch["step_mask"], losses, 0.0).sum() / batch["step_mask"].sum()
 
@@ -165,15 +209,25 @@ def train_prm(prm, params, data, *, steps: int, peak: float, rows: int, seed: in
     opt, rng, start = optimizer.init(params), np.random.default_rng(seed), time.time()
     for step in range(1, steps + 1):
         chosen = rng.integers(0, len(data["ids"]), rows)
-        params, opt, loss = prm_step(prm, optimizer, params, opt, {k: v[chosen] for k, v in data.items()})
+        params, opt, loss = prm_step(
+            prm, optimizer, params, opt, {k: v[chosen] for k, v in data.items()}
+        )
         if step % 250 == 0 or step == steps:
-            print(f"prm      step {step:5}/{steps}  loss {float(loss):.3f}  {time.time() - start:.0f}s", flush=True)
+            print(
+                f"prm      step {step:5}/{steps}  loss {float(loss):.3f}  "
+                f"{time.time() - start:.0f}s",
+                flush=True,
+            )
     return params
 
 
 def first_error_accuracy(prm, params, data, threshold: float = 0.5) -> dict[str, float]:
-    """Returns how often the first step below `threshold` is the checker's, on wrong and on right rollouts."""
-    scores = score_steps(prm, params, data["ids"], data["mask"], data["score_positions"], data["step_mask"])
+    """Returns how often the first step below `threshold` is the checker's, on wrong and on right
+    rollouts.
+    """
+    scores = score_steps(
+        prm, params, data["ids"], data["mask"], data["score_positions"], data["step_mask"]
+    )
     first = lambda wrong: np.where(wrong.any(1), wrong.argmax(1), -1)  # noqa: E731
     found = first((np.asarray(scores.scores) < threshold) & data["step_mask"])
     true = first((data["labels"] == 0) & data["step_mask"])
@@ -192,8 +246,13 @@ def solve_rate(model, params, tokenizer, n: int, count: int = 256) -> float:
         model, params, prompts.ids, prompts.mask, jax.random.key(1), group_size=1,
         max_new_tokens=5 * n + 1, eos_ids=(tokenizer.eos_token_id,),
     )  # fmt: skip
-    texts = decode_completions(tokenizer, *jax.device_get((rollouts.completion_ids, rollouts.completion_mask)))
-    return sum(worksheet.verify(r["gold"], text) for r, text in zip(records, texts, strict=True)) / count
+    texts = decode_completions(
+        tokenizer, *jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
+    )
+    return (
+        sum(worksheet.verify(r["gold"], text) for r, text in zip(records, texts, strict=True))
+        / count
+    )
 
 
 def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
@@ -201,24 +260,38 @@ def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
     tokenizer, hard = make_tokenizer(), worksheet.hard_facts(seed)
     model = Transformer(
         TransformerConfig(
-            vocab_size=len(VOCAB), embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=192,
+            vocab_size=len(VOCAB), embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4,
+            head_dim=32, mlp_dim=192,
             tie_embeddings=True, max_position=256,
         )
     )  # fmt: skip
     params = model.init(jax.random.key(seed))
-    params["embed"] *= 10.0  # at the usual 0.02 the look-up of a sum by its label takes three times as long to form
-    params = train_text(model, params, steps=steps, peak=3e-3, rows=rows, hard=hard, seed=seed, name="policy")
+    params["embed"] *= (
+        # at the usual 0.02 the look-up of a sum by its label takes three times as long to form
+        10.0
+    )
+    params = train_text(
+        model, params, steps=steps, peak=3e-3, rows=rows, hard=hard, seed=seed, name="policy"
+    )
     teacher = train_text(
-        model, jax.tree.map(jnp.copy, params), steps=steps // 4, peak=2e-3, rows=rows, hard={}, seed=seed + 1,
+        model, jax.tree.map(jnp.copy, params), steps=steps // 4, peak=2e-3, rows=rows, hard={},
+        seed=seed + 1,
         name="teacher",
     )  # fmt: skip
     prm = PRM(model)
-    prm_params = {"backbone": jax.tree.map(jnp.copy, teacher), "head": prm.init_head(jax.random.key(seed + 2))}
+    prm_params = {
+        "backbone": jax.tree.map(jnp.copy, teacher),
+        "head": prm.init_head(jax.random.key(seed + 2)),
+    }
     data = label_rollouts(model, params, tokenizer, count=max(64 * rows, 512), seed=seed)
     split = len(data["ids"]) // 8
     order = np.random.default_rng(seed).permutation(len(data["ids"]))
-    held_out, train = ({k: v[rows_] for k, v in data.items()} for rows_ in (order[:split], order[split:]))
-    prm_params = train_prm(prm, prm_params, train, steps=steps // 4, peak=2e-3, rows=rows, seed=seed)
+    held_out, train = (
+        {k: v[rows_] for k, v in data.items()} for rows_ in (order[:split], order[split:])
+    )
+    prm_params = train_prm(
+        prm, prm_params, train, steps=steps // 4, peak=2e-3, rows=rows, seed=seed
+    )
 
     stored = jnp.dtype(ml_dtypes.bfloat16)
     cast = functools.partial(jax.tree.map, lambda x: x.astype(stored).astype(jnp.float32))
@@ -235,28 +308,30 @@ def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scope_jax.pretrain",
-        description="Trains the worksheet's base policy, teacher and PRM (about 8 minutes on 2 CPU cores).",
+        description="Trains the worksheet's base policy, teacher and PRM (8 minutes on 2 cores).",
         epilog="example: python -m scope_jax.pretrain --out /tmp/worksheet_models --seed 0",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="directory for policy/, teacher/ and prm/")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the text and the hard facts")
-    parser.add_argument("--steps", type=int, default=2400, help="updates of the policy; a quarter for the others")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="directory for policy/, teacher/ and prm/"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights, the text and the hard facts"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2400, help="updates of the policy; a quarter for the others"
+    )
     parser.add_argument("--rows", type=int, default=64, help="sheets a batch")
     args = parser.parse_args(argv)
-    try:
-        if args.steps < 8 or args.rows < 8:
-            raise InputError("--steps and --rows must be at least 8")
-        report = run(args.out, seed=args.seed, steps=args.steps, rows=args.rows)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.steps < 8 or args.rows < 8:
+        raise InputError("--steps and --rows must be at least 8")
+    report = run(args.out, seed=args.seed, steps=args.steps, rows=args.rows)
     text = json.dumps({**report, "seed": args.seed, "steps": args.steps}, indent=2)
     (args.out / "pretrain.json").write_text(text + "\n")
     print(text)
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ A PRM here is any hashable callable
 
     prm(params, ids [B, L], positions [B, L], score_positions [B, S]) -> [B, S] float32 in [0, 1]
 
-`PRM` is the one for language-model backbones: one forward over prompt + completion, a small head read at one token
-of each step. Its checkpoint is the backbone's Hugging Face directory plus the head's tensors, and config.json names
-the head under "scope_jax_prm_head".
+`PRM` is the one for language-model backbones: one forward over prompt + completion, a small head
+read at one token of each step. Its checkpoint is the backbone's Hugging Face directory plus the
+head's tensors, and config.json names the head under "scope_jax_prm_head".
 """
 
 import dataclasses
@@ -51,8 +51,13 @@ class PRM:
     head: str = "linear2_at_sep"
 
     def declare(self):
-        backbone = declare(dataclasses.replace(self.backbone.config, tie_embeddings=True))  # the LM head is not read
-        return {"backbone": backbone, "head": declare_head(self.head, self.backbone.config.embed_dim)}
+        backbone = declare(
+            dataclasses.replace(self.backbone.config, tie_embeddings=True)
+        )  # the LM head is not read
+        return {
+            "backbone": backbone,
+            "head": declare_head(self.head, self.backbone.config.embed_dim),
+        }
 
     def init_head(self, key: jax.Array):
         return init_params(declare_head(self.head, self.backbone.config.embed_dim), key)
@@ -60,8 +65,13 @@ class PRM:
     def logits(self, params, ids, positions, score_positions):
         """Returns [B, S, 2] float32 logits of (wrong, correct)."""
         hidden, _ = self.backbone(params["backbone"], ids, positions=positions)
-        read = jnp.take_along_axis(hidden, score_positions[:, :, None], axis=1).astype(jnp.float32)  # [B, S, D]
-        return read @ params["head"]["weight"].astype(jnp.float32) + params["head"]["bias"].astype(jnp.float32)[None, None]
+        read = jnp.take_along_axis(hidden, score_positions[:, :, None], axis=1).astype(
+            jnp.float32
+        )  # [B, S, D]
+        return (
+            read @ params["head"]["weight"].astype(jnp.float32)
+            + params["head"]["bias"].astype(jnp.float32)[None, None]
+        )
 
     def __call__(self, params, ids, positions, score_positions):
         return jax.nn.softmax(self.logits(params, ids, positions, score_positions), axis=-1)[..., 1]
@@ -81,8 +91,8 @@ def score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScore
       score_positions: [B, S] int32, column (of L) of the token at which each step is read.
       step_mask: [B, S] bool.
     Returns:
-      StepScores. A row longer than the PRM's context, or with a score that is not finite, has mask False throughout:
-      no score is not "no error", so such a row is never a candidate for repair.
+      StepScores. A row longer than the PRM's context, or with a score that is not finite, has mask
+      False throughout: no score is not "no error", so such a row is never a candidate for repair.
     """
     scores = prm(params, ids, positions_from_mask(mask), jnp.where(step_mask, score_positions, 0))
     fits = mask.sum(-1) <= getattr(prm, "max_position", mask.shape[1])
@@ -102,7 +112,9 @@ def load_prm(path, *, mesh=None, rules=None, dtype=None):
     directory = resolve(path)
     hf_config = read_config(directory)
     if "scope_jax_prm_head" not in hf_config:
-        raise InputError(f'{directory}/config.json has no "scope_jax_prm_head": not a PRM that `save_prm` wrote')
+        raise InputError(
+            f'{directory}/config.json has no "scope_jax_prm_head": not a PRM that `save_prm` wrote'
+        )
     tensors = Tensors(directory)
     dtype = jnp.dtype(dtype or tensors.dtype("model.embed_tokens.weight"))
     config = dataclasses.replace(config_from_hf(hf_config, directory), dtype=str(dtype))

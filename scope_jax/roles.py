@@ -1,4 +1,6 @@
-"""Who takes part in a run: the policy, the process reward model and the teacher, loaded from a config."""
+"""Who takes part in a run: the policy, the process reward model and the teacher, loaded from a
+config.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +23,9 @@ from scope_jax.teachers import Teacher, dataset_teacher, model_teacher
 
 
 class Policy(NamedTuple):
-    """A model with all that turns its tokens into text and rewards. Params travel apart: training moves them."""
+    """A model with all that turns its tokens into text and rewards. Params travel apart: training
+    moves them.
+    """
 
     mesh: jax.sharding.Mesh
     model: Any
@@ -38,17 +42,24 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     """Returns (Policy, params) of a config: mesh, model, tokenizer, task and reward."""
     mesh = make_mesh(**config.mesh)
     model, params = load_hf(config.model.path, mesh=mesh, dtype=config.model.dtype)
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=config.model.remat))
+    model = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, remat=config.model.remat)
+    )
     tokenizer, eos_ids = load_tokenizer(config.model.path)
     check_sizes(config)
-    longest = config.data.max_prompt_length + max(config.sample.max_new_tokens, config.eval.max_new_tokens)
+    longest = config.data.max_prompt_length + max(
+        config.sample.max_new_tokens, config.eval.max_new_tokens
+    )
     if longest > model.config.max_position:
         raise InputError(
             f"prompt + completion may take {longest} tokens, {config.model.path} was made for "
-            f"{model.config.max_position}: lower data.max_prompt_length or sample / eval.max_new_tokens"
+            f"{model.config.max_position}: lower data.max_prompt_length, sample.max_new_tokens or "
+            "eval.max_new_tokens"
         )
     if config.prompt.chat and not tokenizer.chat_template:
-        raise InputError(f"{config.model.path} has no chat template: set --config.prompt.chat=False")
+        raise InputError(
+            f"{config.model.path} has no chat template: set --config.prompt.chat=False"
+        )
     task_options = {k: v for k, v in config.task.items() if k != "module"}
     problems = load_object(f"{config.task.module}:problems", "task.module")
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -59,14 +70,21 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         eos_ids=eos_ids,
         pad_id=pad_id,
         tokenize=functools.partial(
-            tokenize_prompts, tokenizer=tokenizer, render=functools.partial(render_prompt, tokenizer, **config.prompt),
-            max_prompt_length=config.data.max_prompt_length, pad_id=pad_id,
+            tokenize_prompts,
+            tokenizer=tokenizer,
+            render=functools.partial(render_prompt, tokenizer, **config.prompt),
+            max_prompt_length=config.data.max_prompt_length,
+            pad_id=pad_id,
         ),
         problems=functools.partial(problems, **task_options),
         reward_fn=load_object(config.reward.fn, "reward.fn"),
         check_steps=getattr(importlib.import_module(config.task.module), "check_steps", None),
     )
-    if config.locate.locator == "oracle" and config.correct.n_correct and policy.check_steps is None:
+    if (
+        config.locate.locator == "oracle"
+        and config.correct.n_correct
+        and policy.check_steps is None
+    ):
         raise InputError(f'locate.locator="oracle" needs check_steps in {config.task.module}')
     return policy, params
 
@@ -75,7 +93,10 @@ def check_sizes(config: ConfigDict) -> None:
     """Raises InputError where a step's rollouts do not divide into mini- and micro-batches."""
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
-    rows, parts = config.data.prompts_per_step * slots, config.learn.mini_batches * config.learn.micro_batches
+    rows, parts = (
+        config.data.prompts_per_step * slots,
+        config.learn.mini_batches * config.learn.micro_batches,
+    )
     if rows % parts:
         raise InputError(
             f"{rows} rollouts a step (data.prompts_per_step x slots of a group) do not divide into "
@@ -89,15 +110,25 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in policy.mesh.shape.items())
     lines = [
         f"{config.method} on {config.task.module.rsplit('.', 1)[-1]}: policy {config.model.path} "
-        f"({millions:.2f} M parameters), {jax.device_count()} {jax.devices()[0].platform} device(s), mesh {mesh}",
+        f"({millions:.2f} M parameters), "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s), mesh {mesh}",
         f"{config.data.prompts_per_step} prompts x {config.sample.group_size} rollouts a step, "
         f"steps {start + 1} to {config.total_steps}, seed {config.seed}",
     ]
     if config.correct.n_correct:
-        teacher = config.teacher.path if config.teacher.kind == "model" else "the data set's worked solutions"
-        lines.append(f"locator {config.locate.locator}, tau {config.locate.tau}; teacher: {teacher}")
+        teacher = (
+            config.teacher.path
+            if config.teacher.kind == "model"
+            else "the data set's worked solutions"
+        )
+        lines.append(
+            f"locator {config.locate.locator}, tau {config.locate.tau}; teacher: {teacher}"
+        )
         if config.locate.locator == "prm":
-            untrained = "a RANDOM head on the policy's backbone: its scores mean nothing, set prm.path to a trained PRM"
+            untrained = (
+                "a RANDOM head on the policy's backbone: its scores mean nothing; "
+                "set prm.path to a trained PRM"
+            )
             lines.append(f"PRM: {config.prm.path or untrained}")
     return "\n".join(lines)
 
@@ -105,9 +136,13 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
 def load_scorer(config: ConfigDict, policy: Policy, params) -> tuple[Any, Any]:
     """Returns (prm, its params) of a config, or (None, None) where nothing reads step scores.
 
-    Without `prm.path` the PRM is a random head on a copy of the policy: good for a smoke test, and said so.
+    Without `prm.path` the PRM is a random head on a copy of the policy: good for a smoke test, and
+    said so.
     """
-    reads_scores = config.locate.locator in ("prm", "random_correct") or config.select.select == "wrong_or_low_prm"
+    reads_scores = (
+        config.locate.locator in ("prm", "random_correct")
+        or config.select.select == "wrong_or_low_prm"
+    )
     if config.correct.n_correct == 0 or not (reads_scores or config.correct.accept == "prm_ok"):
         return None, None
     if config.prm.path:
@@ -120,7 +155,10 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> tuple[Any, Any]:
 
 def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
     """Returns the function that continues cut rollouts, or None where nothing is repaired."""
-    end = {"policy_eos_id": policy.tokenizer.eos_token_id, "max_new_tokens": config.sample.max_new_tokens}
+    end = {
+        "policy_eos_id": policy.tokenizer.eos_token_id,
+        "max_new_tokens": config.sample.max_new_tokens,
+    }
     if config.correct.n_correct == 0:
         return None
     if config.teacher.kind == "dataset":
@@ -130,14 +168,21 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
     model, params = load_hf(config.teacher.path, mesh=policy.mesh, dtype=config.model.dtype)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise InputError(f"teacher {config.teacher.path} has another tokenizer than policy {config.model.path}")
+        raise InputError(
+            f"teacher {config.teacher.path} has another tokenizer than policy {config.model.path}"
+        )
 
     def continue_fn(requests: CorrectionRequests, key, buffer_length: int):
-        rows = (requests.prompt_ids, requests.prompt_mask, requests.prefix_ids, requests.prefix_length)
+        rows = (
+            requests.prompt_ids,
+            requests.prompt_mask,
+            requests.prefix_ids,
+            requests.prefix_length,
+        )
         return continue_from(
-            model, params, *put_batch(rows, policy.mesh), key, max_new_tokens=requests.budgets, eos_ids=eos_ids,
-            temperature=config.teacher.temperature, top_p=config.teacher.top_p, pad_id=policy.pad_id,
-            buffer_length=buffer_length,
+            model, params, *put_batch(rows, policy.mesh), key, max_new_tokens=requests.budgets,
+            eos_ids=eos_ids, temperature=config.teacher.temperature, top_p=config.teacher.top_p,
+            pad_id=policy.pad_id, buffer_length=buffer_length,
         )  # fmt: skip
 
     return model_teacher(continue_fn, **end)

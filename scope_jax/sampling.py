@@ -1,16 +1,18 @@
 """Rollouts: one jitted program that prefills and decodes with a KV cache.
 
-    generate        P prompts -> B = P * G completions; each prompt is prefilled once and its cache repeated G times
-    continue_from   B prompts with token prefixes -> their continuations
+    generate        P prompts -> B = P * G completions; each prompt is prefilled once and its cache
+    repeated G times continue_from   B prompts with token prefixes -> their continuations
 
-Index arithmetic, the same for both. A context is LEFT-padded to M slots, so every row's first new token is sampled
-from the hidden state of slot M - 1, and completion column t goes to cache slot M + t:
+Index arithmetic, the same for both. A context is LEFT-padded to M slots, so every row's first new
+token is sampled from the hidden state of slot M - 1, and completion column t goes to cache slot M +
+t:
 
     slot        0 ..        M-1 | M       M+1     ..
-    row         - - c0 c1 .. cm | t0      t1      ..        hidden[slot s] predicts the token of slot s + 1
-    column                      | 0       1       ..
+    row         - - c0 c1 .. cm | t0      t1      ..        hidden[slot s] predicts the token of
+    slot s + 1 column                      | 0       1       ..
 
-A row's randomness is fold_in(fold_in(key, row id), column): it depends on neither its neighbours nor the batch size.
+A row's randomness is fold_in(fold_in(key, row id), column): it depends on neither its neighbours
+nor the batch size.
 """
 
 import functools
@@ -55,8 +57,10 @@ def generate(
       temperature: 0 takes the argmax (log-probs are then those of temperature 1).
       top_k, top_p: restrict the draw; 0 and 1.0 are off. `logps` stay those of the full vocabulary.
       pad_id: id after the end of a completion.
-      row_ids: [B] int32, seeds of the rows' keys (default 0 .. B - 1), so that a subset of rows keeps its samples.
-      buffer_length: T of the result (default: the largest budget). Set it where budgets vary from call to call.
+      row_ids: [B] int32, seeds of the rows' keys (default 0 .. B - 1), so that a subset of rows
+        keeps its samples.
+      buffer_length: T of the result (default: the largest budget). Set it where budgets vary from
+        call to call.
     Returns:
       Rollouts of B rows.
     Raises:
@@ -66,9 +70,13 @@ def generate(
     if group_size < 1:
         raise InputError(f"group_size must be at least 1, got {group_size}")
     if not jax.device_get(prompt_mask)[:, -1:].all():
-        raise InputError("every prompt needs a token in its last column: prompts are LEFT-padded and not empty")
+        raise InputError(
+            "every prompt needs a token in its last column: prompts are LEFT-padded and not empty"
+        )
     rows = prompt_ids.shape[0] * group_size
-    options = _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids)
+    options = _options(
+        rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
+    )
     return _generate(model, params, prompt_ids, prompt_mask, key, repeats=group_size, **options)
 
 
@@ -90,25 +98,38 @@ def continue_from(
     row_ids=None,
     buffer_length: int | None = None,
 ) -> Rollouts:
-    """Samples a continuation of every row's prompt + prefix; no token of either is changed or sampled again.
+    """Samples a continuation of every row's prompt + prefix; no token of either is changed or
+    sampled again.
 
     Args:
       prompt_ids, prompt_mask: [B, N], LEFT-padded.
-      prefix_ids: [B, T] int32; the first prefix_length[i] tokens of row i are read, the rest ignored.
+      prefix_ids: [B, T] int32; the first prefix_length[i] tokens of row i are read, the rest
+        ignored.
       prefix_length: [B] int32, 0 .. T.
       The others are `generate`'s. A budget of 0 gives an empty continuation.
     Returns:
-      Rollouts of B rows whose completion is the continuation alone (prompt_ids and prompt_mask as given).
+      Rollouts of B rows whose completion is the continuation alone (prompt_ids and prompt_mask as
+      given).
     """
     _check_prompts(prompt_ids, prompt_mask)
     rows = prompt_ids.shape[0]
     if prefix_ids.shape[0] != rows or prefix_length.shape != (rows,):
-        raise InputError(f"{rows} prompts, but prefix_ids {prefix_ids.shape} and prefix_length {prefix_length.shape}")
+        raise InputError(
+            f"{rows} prompts, but prefix_ids {prefix_ids.shape} and "
+            f"prefix_length {prefix_length.shape}"
+        )
     lengths = np.asarray(jax.device_get(prefix_length))
     if lengths.min(initial=0) < 0 or lengths.max(initial=0) > prefix_ids.shape[1]:
-        raise InputError(f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, got {lengths.min()} .. {lengths.max()}")
-    options = _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids)
-    return _continue(model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, **options)
+        raise InputError(
+            f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, "
+            f"got {lengths.min()} .. {lengths.max()}"
+        )
+    options = _options(
+        rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
+    )
+    return _continue(
+        model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, **options
+    )
 
 
 def _check_prompts(prompt_ids, prompt_mask) -> None:
@@ -116,14 +137,21 @@ def _check_prompts(prompt_ids, prompt_mask) -> None:
     chex.assert_equal_shape([prompt_ids, prompt_mask])
 
 
-def _options(rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids) -> dict:
+def _options(
+    rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
+) -> dict:
     """Checks the sampling options and splits them into static ones and arrays."""
     budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (rows,))
     length = int(budgets.max(initial=0)) if buffer_length is None else buffer_length
     if length < 1 or budgets.max() > length or budgets.min() < 0:
-        raise InputError(f"max_new_tokens must lie in 0 .. {length} with room for a token, got {max_new_tokens}")
+        raise InputError(
+            f"max_new_tokens must lie in 0 .. {length} with room for a token, got {max_new_tokens}"
+        )
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise InputError(f"temperature >= 0, 0 < top_p <= 1, top_k >= 0 expected: {temperature=}, {top_p=}, {top_k=}")
+        raise InputError(
+            "temperature >= 0, 0 < top_p <= 1 and top_k >= 0 expected, got "
+            f"{temperature=}, {top_p=}, {top_k=}"
+        )
     row_ids = np.arange(rows, dtype=np.int32) if row_ids is None else row_ids
     return {
         # device_put: explicit, so that a caller's transfer guard lets it pass
@@ -157,21 +185,25 @@ def _generate(model, params, prompt_ids, prompt_mask, key, *, repeats, length, *
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _continue(model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, *, length, **options):
+def _continue(
+    model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, *, length, **options
+):
     context, context_mask = _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length)
     rows, slots = context.shape
     positions = positions_from_mask(context_mask)
     cache = model.init_cache(rows, slots + length)
     hidden, cache = model(params, context, positions=positions, cache=cache)
     next_position = positions[:, -1] + 1
-    sampled = _decode(model, params, cache, hidden[:, -1], next_position, key, length=length, **options)
+    sampled = _decode(
+        model, params, cache, hidden[:, -1], next_position, key, length=length, **options
+    )
     return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
 def _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length):
     """Joins prompts and prefixes into one LEFT-padded context: every row ends in the last column.
 
-        prompt  - - p p p      prefix  a b c x x  (length 3)      context  - - - - p p p a b c
+    prompt  - - p p p      prefix  a b c x x  (length 3)      context  - - - - p p p a b c
     """
     prefix_mask = jnp.arange(prefix_ids.shape[1])[None, :] < prefix_length[:, None]
     ids = jnp.concatenate([prompt_ids, prefix_ids], axis=1)  # [B, N + T]
@@ -180,10 +212,25 @@ def _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length):
     return jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
-def _decode(model, params, cache, hidden, next_position, key, *, budgets, row_ids, length, eos_ids, pad_id, **draw):
+def _decode(
+    model,
+    params,
+    cache,
+    hidden,
+    next_position,
+    key,
+    *,
+    budgets,
+    row_ids,
+    length,
+    eos_ids,
+    pad_id,
+    **draw,
+):
     """Samples until every row has ended or spent its budget.
 
-    State of the loop, after column `t - 1` was sampled: `ids[:, t - 1]` has not been read by the model yet.
+    State of the loop, after column `t - 1` was sampled: `ids[:, t - 1]` has not been read by the
+    model yet.
     Stop reasons: every row is done (end token or budget), or the buffer is full (t == length).
     """
     unembed = model.unembed(params)
@@ -203,15 +250,27 @@ def _decode(model, params, cache, hidden, next_position, key, *, budgets, row_id
             "logps": jnp.where(live, logp, 0.0),
             "sampling_logps": jnp.where(live, sampling_logp, 0.0),
         }
-        out = {k: jax.lax.dynamic_update_index_in_dim(state["out"][k], v, t, 1) for k, v in column.items()}
+        out = {
+            k: jax.lax.dynamic_update_index_in_dim(state["out"][k], v, t, 1)
+            for k, v in column.items()
+        }
         finished = state["finished"] | (live & is_end(token))
         done = finished | (t + 1 >= budgets)
-        return {"out": out, "finished": finished, "done": done, "token": token, "live": live, "t": t + 1}
+        return {
+            "out": out,
+            "finished": finished,
+            "done": done,
+            "token": token,
+            "live": live,
+            "t": t + 1,
+        }
 
     def body(carry):
         state, cache = carry
         position = jnp.where(state["live"] & ~state["done"], next_position + state["t"] - 1, -1)
-        hidden, cache = model(params, state["token"][:, None], positions=position[:, None], cache=cache)
+        hidden, cache = model(
+            params, state["token"][:, None], positions=position[:, None], cache=cache
+        )
         return sample(state, hidden[:, 0], state["t"]), cache
 
     def unfinished(carry):
@@ -236,7 +295,8 @@ def _draw(logits, keys, *, temperature, top_p, greedy, top_k, use_top_p):
       logits: [B, V] float32.
       keys: [B] typed keys.
     Returns:
-      (token [B] int32, its log-prob under the full vocabulary, its log-prob under the distribution drawn from).
+      (token [B] int32, its log-prob under the full vocabulary, its log-prob under the distribution
+      drawn from).
     """
     scaled = logits / temperature
     full = jax.nn.log_softmax(scaled, axis=-1)
@@ -253,8 +313,9 @@ def _draw(logits, keys, *, temperature, top_p, greedy, top_k, use_top_p):
 def truncate(logps: jax.Array, *, top_k: int = 0, top_p=None) -> jax.Array:
     """Sets the tokens outside top-k and top-p to -inf.
 
-    Top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`, after top-k, and always the
-    most likely one (https://arxiv.org/abs/1904.09751). Ties at the border are all kept.
+    Top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`, after
+    top-k, and always the most likely one (https://arxiv.org/abs/1904.09751). Ties at the border are
+    all kept.
 
     Args:
       logps: [B, V] float32 log-probs.
@@ -269,7 +330,9 @@ def truncate(logps: jax.Array, *, top_k: int = 0, top_p=None) -> jax.Array:
     if top_p is not None:
         ordered = jnp.sort(logps, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
-        needed = jnp.cumsum(probs, axis=-1) - probs < top_p  # the mass before a token has not reached top_p
+        needed = (
+            jnp.cumsum(probs, axis=-1) - probs < top_p
+        )  # the mass before a token has not reached top_p
         border = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
         logps = jnp.where(logps < border, -jnp.inf, logps)
     return logps

@@ -1,7 +1,8 @@
 """Meshes, and which dimension of which array lies along which mesh axis.
 
-Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered layer by layer), `model` (tensor
-parallel). Arrays name their dimensions by LOGICAL axes (`embed`, `heads`, ...); a `Rules` maps those to mesh axes.
+Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered layer by layer),
+`model` (tensor parallel). Arrays name their dimensions by LOGICAL axes (`embed`, `heads`, ...); a
+`Rules` maps those to mesh axes.
 """
 
 import dataclasses
@@ -44,7 +45,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
         sizes[unknown[0]] = devices // known
     if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
         text = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise InputError(f"mesh {text} does not match {devices} devices; one axis may be -1 (what is left)")
+        raise InputError(
+            f"mesh {text} does not match {devices} devices; one axis may be -1 (what is left)"
+        )
     # Auto axes: under Explicit ones (the default) gather and top_k on a sharded vocabulary raise.
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
@@ -63,14 +66,20 @@ def spec(axes: tuple[str | None, ...], rules: Rules = TRAINING) -> PartitionSpec
     if unknown := [a for a in axes if a is not None and a not in known]:
         raise InputError(f"unknown logical axes {unknown}: known are {sorted(known)}")
     mapped = [None if a is None else getattr(rules, a) for a in axes]
-    flat = [m for entry in mapped for m in (entry if isinstance(entry, tuple) else (entry,)) if m is not None]
+    flat = [
+        m
+        for entry in mapped
+        for m in (entry if isinstance(entry, tuple) else (entry,))
+        if m is not None
+    ]
     if len(flat) != len(set(flat)):
         raise InputError(f"logical axes {axes} collide: they map to mesh axes {mapped}")
     return PartitionSpec(*mapped)
 
 
 def shardings(declared, mesh: Mesh, rules: Rules = TRAINING):
-    """Returns the tree of shardings for a tree of weight declarations (anything with `shape` and `axes`).
+    """Returns the tree of shardings for a tree of weight declarations (anything with `shape` and
+    `axes`).
 
     Raises:
       InputError: a dimension that its mesh axis does not divide.
@@ -81,14 +90,18 @@ def shardings(declared, mesh: Mesh, rules: Rules = TRAINING):
         for size, axis in zip(weight.shape, partition, strict=True):
             parts = mesh.shape[axis] if isinstance(axis, str) else 1
             if size % parts:
-                raise InputError(f"{weight.axes} of shape {weight.shape}: {size} does not divide over {axis}={parts}")
+                raise InputError(
+                    f"{weight.axes} of shape {weight.shape}: "
+                    f"{size} does not divide over {axis}={parts}"
+                )
         return NamedSharding(mesh, partition)
 
     return jax.tree.map(one, declared, is_leaf=lambda x: hasattr(x, "axes"))
 
 
 def put_batch(tree, mesh: Mesh, rules: Rules = TRAINING):
-    """Copies host arrays [B, ...] to the mesh, rows split over its batch axes (explicit, so transfer guards allow it).
+    """Copies host arrays [B, ...] to the mesh, rows split over its batch axes (explicit, so
+    transfer guards allow it).
 
     Raises:
       InputError: rows that the mesh does not divide.
@@ -98,7 +111,10 @@ def put_batch(tree, mesh: Mesh, rules: Rules = TRAINING):
 
     def put(x):
         if x.shape[0] % parts:
-            raise InputError(f"{x.shape[0]} rows do not divide over the mesh's {parts} batch shards {dict(mesh.shape)}")
+            raise InputError(
+                f"{x.shape[0]} rows do not divide over the {parts} batch shards of the mesh "
+                f"{dict(mesh.shape)}"
+            )
         return jax.device_put(np.asarray(x), NamedSharding(mesh, partition))
 
     return jax.tree.map(put, tree)

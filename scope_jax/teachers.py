@@ -1,7 +1,8 @@
 """Teachers: who writes the correction after the policy's own correct prefix.
 
-A teacher is any function  teach(requests: CorrectionRequests, key) -> Continuations.  It never sees or touches the
-rows' other tokens; `splicing.splice` joins the two. A continuation that did not stop by itself is never accepted.
+A teacher is any function  teach(requests: CorrectionRequests, key) -> Continuations.  It never sees
+or touches the rows' other tokens; `splicing.splice` joins the two. A continuation that did not stop
+by itself is never accepted.
 """
 
 import re
@@ -21,8 +22,8 @@ def model_teacher(continue_fn, *, policy_eos_id: int, max_new_tokens: int) -> Te
     """A second language model with the policy's tokenizer.
 
     Args:
-      continue_fn: (requests, key, buffer_length) -> Rollouts of the continuations; `sampling.continue_from` with the
-        teacher's model, params and end tokens bound.
+      continue_fn: (requests, key, buffer_length) -> Rollouts of the continuations;
+        `sampling.continue_from` with the teacher's model, params and end tokens bound.
       policy_eos_id: takes the place of the teacher's own end token.
       max_new_tokens: U.
     """
@@ -39,7 +40,8 @@ def model_teacher(continue_fn, *, policy_eos_id: int, max_new_tokens: int) -> Te
 
 
 def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
-    """The data set's own worked solution (record["solution"]), from the first line that the prefix has not reached.
+    """The data set's own worked solution (record["solution"]), from the first line that the prefix
+    has not reached.
 
     Args:
       tokenizer: the policy's.
@@ -53,7 +55,9 @@ def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Te
         ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         stopped = np.zeros(shape[0], bool)
         for row, record in enumerate(requests.records):
-            prefix = tokenizer.decode(requests.prefix_ids[row, : requests.prefix_length[row]].tolist())
+            prefix = tokenizer.decode(
+                requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
+            )
             text = remaining_solution(record.get("solution", ""), prefix)
             tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
             room = int(requests.budgets[row])
@@ -68,11 +72,11 @@ def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Te
 def remaining_solution(solution: str, prefix: str) -> str:
     """Returns the lines of a worked solution after those whose results the prefix already has.
 
-    A line's result is its last number. The leading lines whose results ALL stand in the prefix, in order, are left
-    out; the final "#### answer" line always stays.
+    A line's result is its last number. The leading lines whose results ALL stand in the prefix, in
+    order, are left out; the final "#### answer" line always stays.
 
-    >>> remaining_solution("48/2 = <<48/2=24>>24 in May.\\\\n48+24 = <<48+24=72>>72 in all.\\\\n#### 72", "24 in May.\\\\n")
-    '48+24 = 72 in all.\\\\n#### 72'
+    >>> remaining_solution("48/2 = <<48/2=24>>24.\\n48+24 = <<48+24=72>>72.", "24 in May")
+    '48+24 = 72.'
     """
     lines = _CALCULATOR.sub("", solution).strip().split("\n")
     done, position = 0, 0
@@ -80,7 +84,9 @@ def remaining_solution(solution: str, prefix: str) -> str:
         numbers = _NUMBER.findall(line)
         if not numbers:
             break
-        found = re.compile(rf"(?<![\d.]){re.escape(numbers[-1].rstrip(','))}(?![\d]|\.\d)").search(prefix, position)
+        found = re.compile(rf"(?<![\d.]){re.escape(numbers[-1].rstrip(','))}(?![\d]|\.\d)").search(
+            prefix, position
+        )
         if found is None:
             break
         done, position = done + 1, found.end()

@@ -4,15 +4,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.records import PAD, TEACHER, InputError, TrainBatch, TrainState
 
 
-def make_schedule(kind: str, *, learning_rate: float, warmup_steps: int, total_steps: int, end_factor: float):
-    """Returns an optax schedule over optimizer updates: "constant", "linear" or "cosine", after a linear warmup."""
+def make_schedule(
+    kind: str, *, learning_rate: float, warmup_steps: int, total_steps: int, end_factor: float
+):
+    """Returns an optax schedule over optimizer updates: "constant", "linear" or "cosine", after a
+    linear warmup.
+    """
     rest = max(total_steps - warmup_steps, 1)
     after = {
         "constant": lambda: optax.constant_schedule(learning_rate),
@@ -40,7 +46,9 @@ def make_optimizer(
     weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns AdamW with a clipped global gradient norm; `total_steps` and `warmup_steps` count optimizer updates."""
+    """Returns AdamW with a clipped global gradient norm; `total_steps` and `warmup_steps` count
+    optimizer updates.
+    """
     rate = make_schedule(
         schedule,
         learning_rate=learning_rate,
@@ -58,7 +66,8 @@ def completion_logps(model, params, batch, *, temperature=1.0, chunk_size=1024):
     """Returns (logps [B, T], entropy [B, T]) of a batch's completions under `params`.
 
     Args:
-      batch: anything with prompt_ids, prompt_mask [B, N] and completion_ids, completion_mask [B, T].
+      batch: anything with prompt_ids, prompt_mask [B, N] and completion_ids, completion_mask [B,
+        T].
       temperature: of the sampler, so that these are comparable with its log-probs.
     """
     tokens = jnp.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
@@ -91,8 +100,12 @@ def batch_loss(
     kl_coef=0.0,
     chunk_size=1024,
 ):
-    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL, all with one aggregation."""
-    logps, entropy = completion_logps(model, params, batch, temperature=temperature, chunk_size=chunk_size)
+    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL, all with
+    one aggregation.
+    """
+    logps, entropy = completion_logps(
+        model, params, batch, temperature=temperature, chunk_size=chunk_size
+    )
     max_length = max_length or logps.shape[1]
     in_loss = batch.token_source != PAD
     loss, info = policy_loss(
@@ -120,68 +133,124 @@ def batch_loss(
     return loss, info
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "model", "optimizer", "micro_batches", "temperature", "clip_low", "clip_high", "off_policy", "gamma",
-        "loss_agg", "max_length", "entropy_coef", "kl_coef", "chunk_size",
-    ),
-    donate_argnames=("state",),
-)  # fmt: skip
-def train_step(model, optimizer, state: TrainState, batch: TrainBatch, *, micro_batches=1, loss_agg, **loss_options):
+def init_state(optimizer, params, step: int = 0) -> TrainState:
+    """Returns the state of a run that has not started; moments lie on the devices as their params
+    do.
+    """
+    shapes = jax.eval_shape(optimizer.init, params)
+    mesh_scalar = jax.tree.leaves(params)[0].sharding
+    if isinstance(mesh_scalar, NamedSharding):
+        mesh_scalar = NamedSharding(mesh_scalar.mesh, PartitionSpec())
+    places = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        shapes,
+        params,
+        transform_non_params=lambda _: mesh_scalar,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
+    return TrainState(
+        params=params, opt_state=opt_state, step=jax.device_put(np.int32(step), mesh_scalar)
+    )
+
+
+def train_step(
+    model, optimizer, state: TrainState, batch: TrainBatch, **options
+) -> tuple[TrainState, dict]:
     """One optimizer update on a batch.
 
     Args:
       model: see models/transformer.py.
       optimizer: from `make_optimizer`.
-      state: donated.
+      state: donated; the new one lies where it lay.
       batch: B rows, B a multiple of `micro_batches`.
-      micro_batches: gradients are summed over this many parts of the batch, each weighted by its share of the loss
-        denominator, so the sum is the full batch's gradient whatever the aggregation.
-      loss_agg, loss_options: `batch_loss`'s.
+      options: `micro_batches` (default 1): gradients are summed over this many parts of the batch,
+        each weighted by its share of the loss denominator, so the sum is the full batch's gradient
+        whatever the aggregation. The others are `batch_loss`'s.
     Returns:
       (new state, dict of [] float32: loss, grad_norm, update_norm and `batch_loss`'s diagnostics).
     """
+    leaves, treedef = jax.tree.flatten(state)
+    step_fn = _compiled_step(tuple(x.sharding for x in leaves), treedef)
+    return step_fn(model, optimizer, state, batch, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_step(places, treedef):
+    """Returns the jitted update that keeps the state where it is.
+
+    Left to itself XLA chooses the new params' layout, and every program that reads them would be
+    compiled again.
+    """
+    return jax.jit(
+        _train_step,
+        static_argnames=(
+            "model", "optimizer", "micro_batches", "temperature", "clip_low", "clip_high",
+            "off_policy", "gamma", "loss_agg", "max_length", "entropy_coef", "kl_coef",
+            "chunk_size",
+        ),
+        donate_argnames=("state",),
+        out_shardings=(jax.tree.unflatten(treedef, places), None),
+    )  # fmt: skip
+
+
+def _train_step(
+    model, optimizer, state, batch, *, micro_batches=1, loss_agg="seq-mean-token-sum-norm",
+    **loss_options,
+):  # fmt: skip
     grad_fn = jax.value_and_grad(batch_loss, has_aux=True)
     options = {"loss_agg": loss_agg, **loss_options}
     if micro_batches == 1:
         (loss, info), grads = grad_fn(state.params, model, batch, **options)
     else:
         # Interleaved rows, so that every part still lies on every shard of the batch axis.
-        parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         total = loss_denominator(batch.token_source != PAD, loss_agg)
 
         def accumulate(carry, part):
             mask = part.token_source != PAD
             share = jnp.where(mask.any(), loss_denominator(mask, loss_agg), 0.0) / total
             (loss, info), grads = grad_fn(state.params, model, part, **options)
-            return jax.tree.map(lambda total, new: total + share * new, carry, (grads, loss, info)), None
+            return jax.tree.map(
+                lambda total, new: total + share * new, carry, (grads, loss, info)
+            ), None
 
-        shapes = jax.eval_shape(lambda: grad_fn(state.params, model, jax.tree.map(lambda x: x[0], parts), **options))
+        shapes = jax.eval_shape(
+            lambda: grad_fn(state.params, model, jax.tree.map(lambda x: x[0], parts), **options)
+        )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], *shapes[0]))
         (grads, loss, info), _ = jax.lax.scan(accumulate, zeros, parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norms = {"loss": loss, "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    norms = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "update_norm": optax.global_norm(updates),
+    }
     return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
 
 
 def split_rows(batch: TrainBatch, parts: int) -> list[TrainBatch]:
-    """Splits a host batch into mini-batches of neighbouring rows (whole groups, where the sizes allow)."""
+    """Splits a host batch into mini-batches of neighbouring rows (whole groups, where the sizes
+    allow).
+    """
     size = batch.advantages.shape[0] // parts
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
 
 
 def update_policy(
-    model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler", ref_params=None,
+    model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler",
+    ref_params=None,
     temperature=1.0, chunk_size=1024, **options,
 ):  # fmt: skip
     """Takes one optimizer update per mini-batch.
 
     Args:
       minis: mini-batches on the device, sampled under the weights of `state`.
-      old_logps: "sampler" takes pi_old from the batch; "recompute" from one forward of `state`'s weights, for POLICY
-        tokens (a teacher's log-probs stay), before the first update.
+      old_logps: "sampler" takes pi_old from the batch; "recompute" from one forward of `state`'s
+        weights, for POLICY tokens (a teacher's log-probs stay), before the first update.
       ref_params: of the KL's reference; needed with kl_coef > 0.
       options: `train_step`'s.
     Returns:
@@ -191,9 +260,13 @@ def update_policy(
         raise InputError(f'old_logps must be "sampler" or "recompute", got {old_logps!r}')
     settings = {"temperature": temperature, "chunk_size": chunk_size}
     if old_logps == "recompute":
-        minis = [fill_logps(model, state.params, mini, field="old_logps", **settings) for mini in minis]
+        minis = [
+            fill_logps(model, state.params, mini, field="old_logps", **settings) for mini in minis
+        ]
     if ref_params is not None:
-        minis = [fill_logps(model, ref_params, mini, field="ref_logps", **settings) for mini in minis]
+        minis = [
+            fill_logps(model, ref_params, mini, field="ref_logps", **settings) for mini in minis
+        ]
     infos = []
     for mini in minis:
         state, info = train_step(model, optimizer, state, mini, **settings, **options)
@@ -203,6 +276,12 @@ def update_policy(
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size", "field"))
 def fill_logps(model, params, batch: TrainBatch, *, temperature, chunk_size, field) -> TrainBatch:
-    """Returns the batch with `field` set to the log-probs of POLICY tokens under `params`; TEACHER ones stay."""
-    logps, _ = completion_logps(model, params, batch, temperature=temperature, chunk_size=chunk_size)
-    return batch.replace(**{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)})
+    """Returns the batch with `field` set to the log-probs of POLICY tokens under `params`; TEACHER
+    ones stay.
+    """
+    logps, _ = completion_logps(
+        model, params, batch, temperature=temperature, chunk_size=chunk_size
+    )
+    return batch.replace(
+        **{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)}
+    )

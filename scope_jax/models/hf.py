@@ -1,7 +1,9 @@
-"""Hugging Face directories <-> params: config.json and safetensors, nothing else is ever opened (no pickle).
+"""Hugging Face directories <-> params: config.json and safetensors, nothing else is ever opened (no
+pickle).
 
-The names and layouts come from the weight declarations (`Weight.hf`, `Weight.in_dims`): Hugging Face stores a linear
-map as [out, in] with heads flattened, we store [in dims ..., out dims ...] stacked over layers.
+The names and layouts come from the weight declarations (`Weight.hf`, `Weight.in_dims`): Hugging
+Face stores a linear map as [out, in] with heads flattened, we store [in dims ..., out dims ...]
+stacked over layers.
 """
 
 import dataclasses
@@ -29,34 +31,45 @@ def load_hf(path_or_hub_id, *, mesh=None, rules=None, dtype=None):
     """Loads a Llama or Qwen2 family checkpoint.
 
     Args:
-      path_or_hub_id: a directory with config.json and *.safetensors, or a hub id (fetched by huggingface_hub, which
-        transformers brings along).
+      path_or_hub_id: a directory with config.json and *.safetensors, or a hub id (fetched by
+        huggingface_hub, which transformers brings along).
       mesh: place the params on it (default: the default device).
       rules: sharding rules on that mesh (default: TRAINING).
       dtype: of the params (default: as stored). The computation runs in it too.
     Returns:
       (Transformer, params).
     Raises:
-      InputError: no such directory, an unsupported architecture, or ONE message with all missing, unexpected and
+      InputError: no such directory, an unsupported architecture, or ONE message with all missing,
+      unexpected and
         mis-shaped tensors.
     """
     directory = resolve(path_or_hub_id)
     hf_config = read_config(directory)
     tensors = Tensors(directory)
     stored = tensors.dtype("model.embed_tokens.weight")
-    config = dataclasses.replace(config_from_hf(hf_config, directory), dtype=str(np.dtype(dtype or stored)))
-    params = load_tree(declare(config), tensors, mesh=mesh, rules=rules, dtype=np.dtype(dtype or stored))
+    config = dataclasses.replace(
+        config_from_hf(hf_config, directory), dtype=str(np.dtype(dtype or stored))
+    )
+    params = load_tree(
+        declare(config), tensors, mesh=mesh, rules=rules, dtype=np.dtype(dtype or stored)
+    )
     return Transformer(config), params
 
 
 def resolve(path_or_hub_id) -> pathlib.Path:
-    """Returns the local directory of a checkpoint, fetching it only if it looks like a hub id and is no path."""
+    """Returns the local directory of a checkpoint, fetching it only if it looks like a hub id and
+    is no path.
+    """
     text = str(path_or_hub_id)
     if not text:
-        raise InputError("no model directory given: set --config.model.path=DIR (and prm.path, teacher.path)")
+        raise InputError(
+            "no model directory given: set --config.model.path=DIR (and prm.path, teacher.path)"
+        )
     directory = pathlib.Path(text)
     if not directory.is_dir() and text.startswith("scope_jax/"):
-        directory = pathlib.Path(__file__).parents[2] / text  # what the package ships, from any working directory
+        directory = (
+            pathlib.Path(__file__).parents[2] / text
+        )  # what the package ships, from any working directory
     if directory.is_dir():
         return directory
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
@@ -64,10 +77,14 @@ def resolve(path_or_hub_id) -> pathlib.Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return pathlib.Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return pathlib.Path(
+            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
     except Exception as error:  # the hub client raises many kinds; offline is the usual one
         reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{text} is neither a directory nor a model that can be fetched: {reason}") from error
+        raise InputError(
+            f"{text} is neither a directory nor a model that can be fetched: {reason}"
+        ) from error
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
@@ -76,7 +93,9 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise InputError(f"{file} is missing: {directory} is not a Hugging Face model directory") from None
+        raise InputError(
+            f"{file} is missing: {directory} is not a Hugging Face model directory"
+        ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
 
@@ -85,7 +104,9 @@ def config_from_hf(hf: Mapping[str, Any], source="config.json") -> TransformerCo
     """Translates config.json; refuses what this forward does not compute instead of ignoring it."""
     family = hf.get("model_type")
     if family not in FAMILIES:
-        raise InputError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     refused = {
@@ -142,12 +163,17 @@ def load_tokenizer(path_or_hub_id):
     """Loads a checkpoint's tokenizer.
 
     Returns:
-      (transformers tokenizer, end token ids: its own and those that config.json and generation_config.json name).
+      (transformers tokenizer, end token ids: its own and those that config.json and
+      generation_config.json name).
     Raises:
       InputError: the directory has none, or it has no end token.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found" is no news here
-    from transformers import AutoTokenizer  # seconds to import: only commands that need text pay for it
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # "PyTorch was not found" is no news here
+    from transformers import (
+        AutoTokenizer,
+    )  # seconds to import: only commands that need text pay for it
 
     directory = resolve(path_or_hub_id)
     try:
@@ -180,7 +206,9 @@ class Tensors:
         else:
             files = sorted(directory.glob("*.safetensors"))
         if not files:
-            raise InputError(f"{directory} holds no *.safetensors file (pickled checkpoints are refused)")
+            raise InputError(
+                f"{directory} holds no *.safetensors file (pickled checkpoints are refused)"
+            )
         self._handles = {}
         for file in files:
             try:
@@ -206,7 +234,9 @@ class Tensors:
         stored = self._handles[name].get_slice(name).get_dtype()
         names = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
         if stored not in names:
-            raise InputError(f"{self.directory}: {name} is stored as {stored}; F32, F16 and BF16 are read")
+            raise InputError(
+                f"{self.directory}: {name} is stored as {stored}; F32, F16 and BF16 are read"
+            )
         return np.dtype(names[stored])
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -224,23 +254,38 @@ def hf_tensors(weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield weight.hf.format(i=i), shape
 
 
-def load_tree(declared, tensors: Tensors, *, mesh=None, rules=None, dtype, ignore=("lm_head.weight", "rotary_emb")):
+def load_tree(
+    declared,
+    tensors: Tensors,
+    *,
+    mesh=None,
+    rules=None,
+    dtype,
+    ignore=("lm_head.weight", "rotary_emb"),
+):
     """Returns the params of a tree of declarations.
 
     Args:
       declared: tree of `Weight`.
       tensors: the checkpoint.
       dtype: of the params.
-      ignore: parts of the names of tensors that may be there unread (a tied head's copy, old rotary buffers).
+      ignore: parts of the names of tensors that may be there unread (a tied head's copy, old rotary
+        buffers).
     Raises:
       InputError: one message with every missing, unexpected and mis-shaped tensor.
     """
     is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
-    expected = {n: s for w in jax.tree.leaves(declared, is_leaf=is_weight) for n, s in hf_tensors(w)}
+    expected = {
+        n: s for w in jax.tree.leaves(declared, is_leaf=is_weight) for n, s in hf_tensors(w)
+    }
     missing = sorted(set(expected) - tensors.names())
-    unexpected = sorted(n for n in tensors.names() - set(expected) if not any(part in n for part in ignore))
+    unexpected = sorted(
+        n for n in tensors.names() - set(expected) if not any(part in n for part in ignore)
+    )
     shapes = {n: tensors.shape(n) for n in set(expected) & tensors.names()}
-    wrong = sorted(f"{n} {s} instead of {expected[n]}" for n, s in shapes.items() if s != expected[n])
+    wrong = sorted(
+        f"{n} {s} instead of {expected[n]}" for n, s in shapes.items() if s != expected[n]
+    )
     problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": wrong}
     if any(problems.values()):
         text = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v)
@@ -260,7 +305,9 @@ def load_tree(declared, tensors: Tensors, *, mesh=None, rules=None, dtype, ignor
 
 
 def to_hf_tensors(declared, params) -> dict[str, np.ndarray]:
-    """Returns the checkpoint's tensors {Hugging Face name: array} of a params tree, in the params' dtype."""
+    """Returns the checkpoint's tensors {Hugging Face name: array} of a params tree, in the params'
+    dtype.
+    """
     tensors = {}
 
     def store(weight: Weight, value):
@@ -275,23 +322,34 @@ def to_hf_tensors(declared, params) -> dict[str, np.ndarray]:
 
 
 def save_hf(path, model: Transformer, params, tokenizer=None) -> None:
-    """Writes a directory that `load_hf` and transformers load: safetensors, config.json and the tokenizer's files.
+    """Writes a directory that `load_hf` and transformers load: safetensors, config.json and the
+    tokenizer's files.
 
     Args:
       path: directory, made if it is not there.
       model, params: as from `load_hf`; stored in the params' dtype.
       tokenizer: a transformers tokenizer.
     """
-    write_checkpoint(path, to_hf_tensors(declare(model.config), params), config_to_hf(model.config), tokenizer)
+    write_checkpoint(
+        path, to_hf_tensors(declare(model.config), params), config_to_hf(model.config), tokenizer
+    )
 
 
-def write_checkpoint(path, tensors: dict[str, np.ndarray], config: dict[str, Any], tokenizer=None) -> None:
-    """Writes tensors, config.json and tokenizer files; the weights go last and by rename, so none are half-written."""
+def write_checkpoint(
+    path, tensors: dict[str, np.ndarray], config: dict[str, Any], tokenizer=None
+) -> None:
+    """Writes tensors, config.json and tokenizer files; the weights go last and by rename, so none
+    are half-written.
+    """
     directory = pathlib.Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-        config = {**config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = {
+            **config,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
     dtype = str(next(iter(tensors.values())).dtype)
     (directory / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
     partial = directory / "model.safetensors.partial"

@@ -1,12 +1,12 @@
 """Keys and values of the tokens already read.
 
-A row's slots carry the POSITION of their token, -1 where nothing (or padding) was written. A query sees exactly the
-slots with 0 <= slot position <= its own position, so one rule covers left-padded prompts, right-padded completions
-and rows that stopped early:
+A row's slots carry the POSITION of their token, -1 where nothing (or padding) was written. A query
+sees exactly the slots with 0 <= slot position <= its own position, so one rule covers left-padded
+prompts, right-padded completions and rows that stopped early:
 
     slot       0    1    2    3 |  4    5    6         prompt bucket N = 4, then completion slots
-    row 0     -1   -1    0    1 |  2    3   -1         "-1": padding on the left, a row that ended on the right
-    row 1      0    1    2    3 |  4    5    6
+    row 0     -1   -1    0    1 |  2    3   -1         "-1": padding on the left, a row that ended
+    on the right row 1      0    1    2    3 |  4    5    6
 """
 
 import jax
@@ -23,7 +23,9 @@ class KVCache:
 
 
 def init_cache(num_layers, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:
-    """Returns an empty cache. Create it inside the jitted program: a donated argument costs one more copy."""
+    """Returns an empty cache. Create it inside the jitted program: a donated argument costs one
+    more copy.
+    """
     shape = (num_layers, batch, slots, num_kv_heads, head_dim)
     return KVCache(
         keys=jnp.zeros(shape, dtype),
@@ -36,8 +38,8 @@ def init_cache(num_layers, batch, slots, num_kv_heads, head_dim, dtype) -> KVCac
 def repeat_rows(cache, repeats: int):
     """Returns the cache with every row repeated `repeats` times in place (row-major by prompt).
 
-    Works on any cache whose arrays carry the batch on axis 1 (rank 5, as here), on axis 0 (rank 1 to 4), or not at
-    all (scalars), so a user's own model can bring its own cache.
+    Works on any cache whose arrays carry the batch on axis 1 (rank 5, as here), on axis 0 (rank 1
+    to 4), or not at all (scalars), so a user's own model can bring its own cache.
     """
 
     def repeat(x):

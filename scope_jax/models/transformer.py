@@ -1,14 +1,14 @@
 """One pure forward for the Llama and Qwen2 families.
 
-Parameters are a plain nested dict; the arrays of all layers are stacked on a leading `layers` axis and the forward
-scans over it (traces several times faster than a Python loop, and the KV cache stays in the scan's carry, in place).
-Every weight is declared once, in `declare`: shape, logical axes, initializer, and its Hugging Face name follow from
-that line.
+Parameters are a plain nested dict; the arrays of all layers are stacked on a leading `layers` axis
+and the forward scans over it (traces several times faster than a Python loop, and the KV cache
+stays in the scan's carry, in place). Every weight is declared once, in `declare`: shape, logical
+axes, initializer, and its Hugging Face name follow from that line.
 
 The protocol that the samplers, losses and PRMs ask of any model (this class is one instance of it):
 
-    hidden, cache = model(params, tokens [B, L], positions=[B, L] (-1 on padding), cache=None | cache)
-    model.unembed(params) -> [D, V]          logits = hidden @ unembed
+    hidden, cache = model(params, tokens [B, L], positions=[B, L] (-1 on padding), cache=None |
+    cache) model.unembed(params) -> [D, V]          logits = hidden @ unembed
     model.init_cache(batch, slots) -> cache  any pytree
 
 The object itself must be hashable: it is a static argument of jit.
@@ -40,19 +40,27 @@ class TransformerConfig:
     qkv_bias: bool = False  # Qwen2
     tie_embeddings: bool = False
     max_position: int = 4096  # longest context that the weights were made for
-    dtype: str = "float32"  # of the computation; softmax, norms and rotary angles are float32 always
-    remat: bool = False  # recompute each layer in the backward pass instead of storing its activations
+    dtype: str = (
+        "float32"  # of the computation; softmax, norms and rotary angles are float32 always
+    )
+    remat: bool = (
+        False  # recompute each layer in the backward pass instead of storing its activations
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The one declaration of a weight. A leading `layers` axis marks an array stacked over the layers."""
+    """The one declaration of a weight. A leading `layers` axis marks an array stacked over the
+    layers.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axis of each dimension, see sharding.py
     init: str  # "normal" (scaled by fan-in), "ones" or "zeros"
     hf: str  # Hugging Face name; "{i}" is the layer
-    in_dims: int = 0  # leading dims (after `layers`) that are inputs of a linear map; HF stores [out, in]
+    in_dims: int = (
+        0  # leading dims (after `layers`) that are inputs of a linear map; HF stores [out, in]
+    )
 
     @property
     def stacked(self) -> bool:
@@ -60,8 +68,17 @@ class Weight:
 
 
 def declare(c: TransformerConfig) -> dict[str, Any]:
-    """Returns the tree of `Weight` declarations; params have the same tree with arrays as leaves."""
-    n, d, h, k, hd, f = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
+    """Returns the tree of `Weight` declarations; params have the same tree with arrays as
+    leaves.
+    """
+    n, d, h, k, hd, f = (
+        c.num_layers,
+        c.embed_dim,
+        c.num_heads,
+        c.num_kv_heads,
+        c.head_dim,
+        c.mlp_dim,
+    )
     block = "model.layers.{i}."
     attn, mlp = block + "self_attn.", block + "mlp."
 
@@ -69,33 +86,61 @@ def declare(c: TransformerConfig) -> dict[str, Any]:
         return Weight((n, d), ("layers", None), "ones", block + name)
 
     def qkv(heads, axis, name):
-        weight = {"w": Weight((n, d, heads, hd), ("layers", "embed", axis, None), "normal", f"{attn}{name}.weight", 1)}
+        weight = {
+            "w": Weight(
+                (n, d, heads, hd),
+                ("layers", "embed", axis, None),
+                "normal",
+                f"{attn}{name}.weight",
+                1,
+            )
+        }
         if c.qkv_bias:
-            weight["b"] = Weight((n, heads, hd), ("layers", axis, None), "zeros", f"{attn}{name}.bias")
+            weight["b"] = Weight(
+                (n, heads, hd), ("layers", axis, None), "zeros", f"{attn}{name}.bias"
+            )
         return weight
 
     tree: dict[str, Any] = {
-        "embed": Weight((c.vocab_size, d), ("vocab", "embed"), "normal", "model.embed_tokens.weight"),
+        "embed": Weight(
+            (c.vocab_size, d), ("vocab", "embed"), "normal", "model.embed_tokens.weight"
+        ),
         "layers": {
             "attn_norm": norm("input_layernorm.weight"),
             "q": qkv(h, "heads", "q_proj"),
             "k": qkv(k, "kv_heads", "k_proj"),
             "v": qkv(k, "kv_heads", "v_proj"),
-            "o": Weight((n, h, hd, d), ("layers", "heads", None, "embed"), "normal", attn + "o_proj.weight", 2),
+            "o": Weight(
+                (n, h, hd, d),
+                ("layers", "heads", None, "embed"),
+                "normal",
+                attn + "o_proj.weight",
+                2,
+            ),
             "mlp_norm": norm("post_attention_layernorm.weight"),
-            "gate": Weight((n, d, f), ("layers", "embed", "mlp"), "normal", mlp + "gate_proj.weight", 1),
-            "up": Weight((n, d, f), ("layers", "embed", "mlp"), "normal", mlp + "up_proj.weight", 1),
-            "down": Weight((n, f, d), ("layers", "mlp", "embed"), "normal", mlp + "down_proj.weight", 1),
+            "gate": Weight(
+                (n, d, f), ("layers", "embed", "mlp"), "normal", mlp + "gate_proj.weight", 1
+            ),
+            "up": Weight(
+                (n, d, f), ("layers", "embed", "mlp"), "normal", mlp + "up_proj.weight", 1
+            ),
+            "down": Weight(
+                (n, f, d), ("layers", "mlp", "embed"), "normal", mlp + "down_proj.weight", 1
+            ),
         },
         "final_norm": Weight((d,), (None,), "ones", "model.norm.weight"),
     }
     if not c.tie_embeddings:
-        tree["unembed"] = Weight((d, c.vocab_size), ("embed", "vocab"), "normal", "lm_head.weight", 1)
+        tree["unembed"] = Weight(
+            (d, c.vocab_size), ("embed", "vocab"), "normal", "lm_head.weight", 1
+        )
     return tree
 
 
 def init_weight(weight: Weight, key: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Returns a fresh array for one declaration; linear maps get variance 1 / fan-in, embeddings 0.02."""
+    """Returns a fresh array for one declaration; linear maps get variance 1 / fan-in, embeddings
+    0.02.
+    """
     if weight.init != "normal":
         return (jnp.ones if weight.init == "ones" else jnp.zeros)(weight.shape, dtype)
     start = int(weight.stacked)
@@ -113,7 +158,9 @@ def init_params(declared, key: jax.Array, dtype=jnp.float32) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP."""
+    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated SiLU
+    MLP.
+    """
 
     config: TransformerConfig
 
@@ -122,28 +169,43 @@ class Transformer:
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         c = self.config
-        return init_cache(c.num_layers, batch, slots, c.num_kv_heads, c.head_dim, jnp.dtype(c.dtype))
+        return init_cache(
+            c.num_layers, batch, slots, c.num_kv_heads, c.head_dim, jnp.dtype(c.dtype)
+        )
 
     def unembed(self, params: Params) -> jax.Array:
         """Returns [D, V]."""
         return params["embed"].T if self.config.tie_embeddings else params["unembed"]
 
-    def __call__(self, params: Params, tokens: jax.Array, *, positions: jax.Array, cache: KVCache | None = None):
+    def __call__(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        cache: KVCache | None = None,
+    ):
         """Reads tokens and returns the hidden state after each of them.
 
         Args:
           params: tree of `declare(config)`.
           tokens: [B, L] int32.
-          positions: [B, L] int32, -1 on padding. A token sees those of its row at positions 0 .. its own.
+          positions: [B, L] int32, -1 on padding. A token sees those of its row at positions 0 ..
+            its own.
           cache: tokens read before; the L new ones take its next slots.
         Returns:
-          (hidden [B, L, D] in the computation's dtype, after the final norm; the cache with the new tokens, or None).
+          (hidden [B, L, D] in the computation's dtype, after the final norm; the cache with the new
+          tokens, or None).
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         key_positions = positions
         if cache is not None:
-            key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
-        mask = (key_positions >= 0)[:, None, :] & (key_positions[:, None, :] <= positions[:, :, None])  # [B, L, slots]
+            key_positions = jax.lax.dynamic_update_slice(
+                cache.positions, positions, (0, cache.length)
+            )
+        mask = (key_positions >= 0)[:, None, :] & (
+            key_positions[:, None, :] <= positions[:, :, None]
+        )  # [B, L, slots]
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
 
         def layer(carry, weights_and_index):
@@ -156,7 +218,9 @@ class Transformer:
             layer = jax.checkpoint(layer)
         x = params["embed"][tokens].astype(dtype)
         carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-        (x, keys, values), _ = jax.lax.scan(layer, carry, (params["layers"], jnp.arange(c.num_layers)))
+        (x, keys, values), _ = jax.lax.scan(
+            layer, carry, (params["layers"], jnp.arange(c.num_layers))
+        )
         if cache is not None:
             length = cache.length + tokens.shape[1]
             cache = KVCache(keys=keys, values=values, positions=key_positions, length=length)
@@ -170,7 +234,11 @@ class Transformer:
             return out + w[name]["b"].astype(dtype)[None, None] if c.qkv_bias else out
 
         normed = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
-        q, k, v = rotate(project("q", normed), angles), rotate(project("k", normed), angles), project("v", normed)
+        q, k, v = (
+            rotate(project("q", normed), angles),
+            rotate(project("k", normed), angles),
+            project("v", normed),
+        )
         if cache is not None:
             keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, cache.length, 0, 0))
             values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, cache.length, 0, 0))
@@ -191,16 +259,25 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """Returns [B, L, 1, head_dim / 2] float32 angles (https://arxiv.org/abs/2104.09864); padding counts as 0."""
+    """Returns [B, L, 1, head_dim / 2] float32 angles (https://arxiv.org/abs/2104.09864); padding
+    counts as 0.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return jnp.maximum(positions, 0).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return (
+        jnp.maximum(positions, 0).astype(jnp.float32)[:, :, None, None]
+        * frequencies[None, None, None, :]
+    )
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates [B, L, heads, head_dim] by position; dimension i pairs with i + head_dim / 2 (Hugging Face's order)."""
+    """Rotates [B, L, heads, head_dim] by position; dimension i pairs with i + head_dim / 2 (Hugging
+    Face's order).
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -209,13 +286,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     Args:
       q: [B, L, heads, head_dim].
       k, v: [B, slots, kv_heads, head_dim]; query head h reads kv head h // (heads / kv_heads).
-      mask: [B, L, slots] bool; a query that sees nothing (padding) gets a finite value that nobody reads.
+      mask: [B, L, slots] bool; a query that sees nothing (padding) gets a finite value that nobody
+        reads.
     Returns:
       [B, L, heads, head_dim].
     """
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-    scores = jnp.einsum("blngk,bsnk->bngls", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = (
+        jnp.einsum("blngk,bsnk->bngls", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    )
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("bngls,bsnk->blngk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return out.reshape(batch, length, heads, head_dim)

@@ -2,22 +2,29 @@
 
     {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips in May.\\n...\\n#### 72"}
 
-or {"problem", "answer", "solution" (optional)} with the bare answer. The reward is `scope_jax.rewards.verify`.
+or {"problem", "answer", "solution" (optional)} with the bare answer. The reward is
+`scope_jax.rewards.verify`.
 """
 
 from scope_jax.data import read_jsonl
 from scope_jax.records import InputError
 
 
-def problems(split: str, *, train_file: str = "", test_file: str = "", ood_file: str = "") -> list[dict]:
-    """Returns the problems of a split ("train", "test" or "ood") as {"id", "problem", "gold", "solution"}.
+def problems(
+    split: str, *, train_file: str = "", test_file: str = "", ood_file: str = ""
+) -> list[dict]:
+    """Returns the problems of a split ("train", "test" or "ood") as {"id", "problem", "gold",
+    "solution"}.
 
     Raises:
-      InputError: the split has no file, or a row has no problem or no answer (file and line are named).
+      InputError: the split has no file, or a row has no problem or no answer (file and line are
+      named).
     """
     files = {"train": train_file, "test": test_file, "ood": ood_file}
     if not files.get(split):
-        raise InputError(f"no data file for the {split} split: set --config.task.{split}_file=FILE.jsonl[.gz]")
+        raise InputError(
+            f"no data file for the {split} split: set --config.task.{split}_file=FILE.jsonl[.gz]"
+        )
     return [_problem(row) for row in read_jsonl(files[split])]
 
 
@@ -35,5 +42,7 @@ def _problem(row: dict) -> dict:
         if not answer:
             raise InputError(f'{row["_source"]}: no answer after "####"')
     elif "question" in row:
-        raise InputError(f'{row["_source"]}: GSM8K\'s answer ends in "#### gold", this one does not')
+        raise InputError(
+            f'{row["_source"]}: GSM8K\'s answer ends in "#### gold", this one does not'
+        )
     return {"id": row["_source"], "problem": text, "gold": answer, "solution": solution}

@@ -5,13 +5,13 @@
                  c5*2=0
                  f8-4=4
 
-A sum is two digits from 2..9 and an operator; its value counts modulo 10, so there are 8 * 8 * 3 = 192 facts to know.
-The reward is 1 only if every line is right, so there are no lucky answers; every line can be checked alone; and n
-lines can come in n! orders, so there is diversity to measure. `n` is the difficulty; the out-of-distribution split
-is the same task with more sums.
+A sum is two digits from 2..9 and an operator; its value counts modulo 10, so there are 8 * 8 * 3 =
+192 facts to know. The reward is 1 only if every line is right, so there are no lucky answers; every
+line can be checked alone; and n lines can come in n! orders, so there is diversity to measure. `n`
+is the difficulty; the out-of-distribution split is the same task with more sums.
 
-The base policy has to have something to learn: a seeded half of the facts is HARD, and the text it was trained on has
-a fixed wrong value there three times out of four (`pretrain.py`).
+The base policy has to have something to learn: a seeded half of the facts is HARD, and the text it
+was trained on has a fixed wrong value there three times out of four (`pretrain.py`).
 """
 
 import re
@@ -39,11 +39,16 @@ def value(x: int, operator: str, y: int) -> int:
 
 
 def hard_facts(seed: int) -> dict[str, int]:
-    """Returns {"3*7": a fixed WRONG value} for the seeded half of the facts that the base policy mostly gets wrong."""
+    """Returns {"3*7": a fixed WRONG value} for the seeded half of the facts that the base policy
+    mostly gets wrong.
+    """
     rng = np.random.default_rng((seed, 192))
     hard = rng.choice(len(FACTS), len(FACTS) // 2, replace=False)
     shifts = rng.integers(1, 10, len(hard))
-    return {FACTS[i]: (fact_value(FACTS[i]) + int(shift)) % 10 for i, shift in zip(hard, shifts, strict=True)}
+    return {
+        FACTS[i]: (fact_value(FACTS[i]) + int(shift)) % 10
+        for i, shift in zip(hard, shifts, strict=True)
+    }
 
 
 def fact_value(fact: str) -> int:
@@ -53,7 +58,13 @@ def fact_value(fact: str) -> int:
 def make_sheet(n: int, rng: np.random.Generator) -> str:
     """Returns a prompt of `n` sums under distinct labels, such as "c5*2,a3+9?"."""
     labels = rng.choice(list(LABELS), n, replace=False)
-    return ",".join(label + FACTS[i] for label, i in zip(labels, rng.integers(0, len(FACTS), n), strict=True)) + "?"
+    return (
+        ",".join(
+            label + FACTS[i]
+            for label, i in zip(labels, rng.integers(0, len(FACTS), n), strict=True)
+        )
+        + "?"
+    )
 
 
 def solution(sheet: str, rng: np.random.Generator) -> str:
@@ -62,7 +73,7 @@ def solution(sheet: str, rng: np.random.Generator) -> str:
     return "".join(f"{items[i]}={fact_value(items[i][1:])}\n" for i in rng.permutation(len(items)))
 
 
-class problems:  # noqa: N801 - reads as a function of the task: problems(split, ...)
+class problems:  # lower case: the loop calls problems(split, ...), a function in other tasks
     """A random-access source of sheets; item i of a split is a function of (seed, split, i) alone.
 
     Args:
@@ -73,7 +84,9 @@ class problems:  # noqa: N801 - reads as a function of the task: problems(split,
       seed: of the draws.
     """
 
-    def __init__(self, split: str, *, n: int = 5, ood_n: int = 7, size: int = 1 << 20, seed: int = 0):
+    def __init__(
+        self, split: str, *, n: int = 5, ood_n: int = 7, size: int = 1 << 20, seed: int = 0
+    ):
         if split not in _SPLITS:
             raise InputError(f"unknown split {split!r}: one of {', '.join(_SPLITS)}")
         self.n = ood_n if split == "ood" else n
@@ -87,14 +100,20 @@ class problems:  # noqa: N801 - reads as a function of the task: problems(split,
     def __getitem__(self, index) -> dict:
         rng = np.random.default_rng((self.seed, _SPLITS[self.split], int(index)))
         sheet = make_sheet(self.n, rng)
-        return {"id": f"{self.split}-{index}", "problem": sheet, "gold": sheet, "solution": solution(sheet, rng)}
+        return {
+            "id": f"{self.split}-{index}",
+            "problem": sheet,
+            "gold": sheet,
+            "solution": solution(sheet, rng),
+        }
 
 
 def check_steps(gold: str, steps: list[str], finished: bool = True) -> list[bool]:
-    """Returns for each step whether it is right: sums that are on the sheet, not solved before, with the right value.
+    """Returns for each step whether it is right: sums that are on the sheet, not solved before,
+    with the right value.
 
-    A last step that ends the solution (`finished`) while sums are still open is wrong too: so a wrong finished
-    solution always has a first wrong step.
+    A last step that ends the solution (`finished`) while sums are still open is wrong too: so a
+    wrong finished solution always has a first wrong step.
 
     >>> check_steps("c5*2,a3+9?", ["a3+9=2\\n", "c5*2=1\\n"])
     [True, False]
@@ -116,11 +135,15 @@ def _solves(line: re.Match, open_items: set[str]) -> bool:
     item = line.group(0).split("=")[0]
     if item not in open_items:
         return False
-    open_items.discard(item)  # a wrong value still uses the sum up: the next step is judged on its own
+    open_items.discard(
+        item
+    )  # a wrong value still uses the sum up: the next step is judged on its own
     return int(line.group(5)) == fact_value(item[1:])
 
 
 def verify(gold: str, completion: str) -> bool:
-    """Returns whether every sum of the sheet is solved by exactly one right line, and nothing else is there."""
+    """Returns whether every sum of the sheet is solved by exactly one right line, and nothing else
+    is there.
+    """
     lines = [line for line in completion.split("\n") if line.strip()]
     return bool(lines) and all(check_steps(gold, lines))

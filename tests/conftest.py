@@ -1,0 +1,36 @@
+"""Switches that every test runs under: 8 virtual devices, typed keys only, no silent rank promotion, no warnings."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data beside the project; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: no golden outputs or data sets to test against")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Directory of SmolLM2-135M-Instruct, made by shared/tools/make_smollm2.py; .ci/run builds it."""
+    path = os.environ.get("SCOPE_JAX_SMOLLM2", "")
+    if not path or not pathlib.Path(path).is_dir():
+        pytest.skip(
+            "SCOPE_JAX_SMOLLM2 names no directory: build one with shared/tools/make_smollm2.py"
+        )
+    return pathlib.Path(path)

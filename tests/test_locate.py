@@ -1,0 +1,663 @@
+"""Tests of the first wrong step and of what is repaired: by hand, and against slow Python twins."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scope_jax.locate import (
+    first_error_step,
+    locate,
+    plan_corrections,
+    prefix_length,
+    random_wrong_rows,
+    rank_candidates,
+    select_candidates,
+)
+from scope_jax.records import InputError
+
+SEEDS = range(20)
+P, G, S = 3, 4, 5
+B = P * G
+
+
+def random_rows(seed):
+    """Rows with 0 .. S steps. Scores in quarters, so that ties and score == tau happen."""
+    rng = np.random.default_rng(seed)
+    num_steps = rng.integers(0, S + 1, B)
+    mask = np.arange(S)[None, :] < num_steps[:, None]
+    ends = np.cumsum(rng.integers(1, 7, (B, S)), axis=1) * mask
+    return {
+        "rewards": rng.choice([0.0, 0.5, 1.0], B).astype(np.float32),
+        "finished": rng.random(B) < 0.8,
+        "scores": rng.choice([0.0, 0.25, 0.5, 0.75, 1.0], (B, S), p=[0.1, 0.1, 0.3, 0.3, 0.2]),
+        "mask": mask,
+        "ends": ends.astype(np.int32),
+    }
+
+
+def to_device(rows):
+    scores = jnp.asarray(rows["scores"], jnp.float32)
+    return {k: jnp.asarray(v) for k, v in rows.items()} | {"scores": scores}
+
+
+# --- Slow twins: one row, one step, one comparison at a time --------------------------------------
+
+
+def slow_first_error(scores, mask, tau):
+    for step, (score, real) in enumerate(zip(scores, mask, strict=True)):
+        if real and score < tau:
+            return step
+    return -1
+
+
+def slow_prefix_length(first_error, ends, mask):
+    if first_error == 0:
+        return 0
+    real = [int(end) for end, is_real in zip(ends, mask, strict=True) if is_real]
+    if first_error < 0:
+        return real[-1] if real else 0
+    return real[first_error - 1]
+
+
+def slow_candidates(
+    rows, first_error, *, select="wrong", require_finished=True, trigger="always",
+    trigger_accuracy=0.5, min_prefix_steps=1, min_prefix_ratio=0.0, tau=0.5, solved_at=1.0,
+):  # fmt: skip
+    chosen = []
+    for i in range(B):
+        start = i // G * G
+        group = [bool(r >= solved_at) for r in rows["rewards"][start : start + G]]
+        wrong, steps = rows["rewards"][i] < solved_at, int(rows["mask"][i].sum())
+        low = slow_first_error(rows["scores"][i], rows["mask"][i], tau) >= 0
+        opened = {
+            "always": True,
+            "acc_below": sum(group) / G < trigger_accuracy,
+            "all_wrong": not any(group),
+            "mixed_only": any(group) and not all(group),
+        }[trigger]
+        kept = first_error[i]
+        long_enough = steps > 0 and kept >= min_prefix_steps and kept / steps >= min_prefix_ratio
+        wanted = {"wrong": wrong, "wrong_or_low_prm": wrong or low, "any": True}[select]
+        ended = bool(rows["finished"][i]) or not require_finished
+        chosen.append(bool(wanted and opened and long_enough and ended))
+    return chosen
+
+
+def slow_ranking(candidates, first_error, rows, group):
+    """Returns the group's candidates, best first."""
+
+    def sort_key(i):
+        kept = [float(s) for s in rows["scores"][i][: first_error[i]]]
+        share = first_error[i] / int(rows["mask"][i].sum())
+        return (-share, -(sum(kept) / len(kept) if kept else 0.0), i)
+
+    return sorted((i for i in range(group * G, (group + 1) * G) if candidates[i]), key=sort_key)
+
+
+# --- First error ----------------------------------------------------------------------------------
+
+
+def test_first_error_is_the_first_real_step_below_the_threshold():
+    scores = jnp.array([[0.9, 0.2, 0.1], [0.9, 0.8, 0.7], [0.1, 0.9, 0.9], [0.9, 0.9, 0.1]])
+    mask = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
+    found = first_error_step(scores, mask, 0.5)
+    assert found.tolist() == [1, -1, 0, -1]  # the last row's low score is padding
+    assert found.dtype == jnp.int32
+
+
+def test_score_at_the_threshold_is_right():
+    found = first_error_step(jnp.array([[0.5, 0.25]]), jnp.ones((1, 2), bool), 0.5)
+    assert found.tolist() == [1]
+
+
+def test_row_without_steps_has_no_error():
+    found = first_error_step(jnp.zeros((2, 3)), jnp.zeros((2, 3), bool), 0.5)
+    assert found.tolist() == [-1, -1]
+
+
+def test_threshold_zero_marks_nothing_and_above_one_marks_the_first_step():
+    scores = jnp.array([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    mask = jnp.ones((2, 3), bool)
+    assert first_error_step(scores, mask, 0.0).tolist() == [-1, -1]
+    assert first_error_step(scores, mask, 1.5).tolist() == [0, 0]
+
+
+def test_first_error_agrees_with_a_slow_twin_eager_and_jitted():
+    jitted = jax.jit(first_error_step)
+    for seed, tau in itertools.product(SEEDS, (0.0, 0.25, 0.5, 0.8)):
+        rows = random_rows(seed)
+        want = [
+            slow_first_error(*row, tau) for row in zip(rows["scores"], rows["mask"], strict=True)
+        ]
+        device = to_device(rows)
+        assert first_error_step(device["scores"], device["mask"], tau).tolist() == want
+        assert jitted(device["scores"], device["mask"], tau).tolist() == want
+
+
+def test_one_trace_serves_every_threshold():
+    chex.clear_trace_counter()
+    jitted = jax.jit(chex.assert_max_traces(first_error_step, n=1))
+    for tau in (0.1, 0.5, 0.9):
+        jitted(jnp.full((1, 2), 0.3), jnp.ones((1, 2), bool), tau)
+
+
+def test_shapes_that_differ_are_an_error():
+    with pytest.raises(AssertionError):
+        first_error_step(jnp.zeros((2, 3)), jnp.ones((2, 4), bool), 0.5)
+
+
+# --- Prefix length --------------------------------------------------------------------------------
+
+
+def test_prefix_ends_where_the_step_before_the_error_ends():
+    ends = jnp.tile(jnp.array([[3, 7, 12, 0]], jnp.int32), (5, 1))
+    mask = jnp.tile(jnp.array([[True, True, True, False]]), (5, 1))
+    length = prefix_length(jnp.array([0, 1, 2, -1, 3], jnp.int32), ends, mask)
+    assert length.tolist() == [0, 3, 7, 12, 12]
+    assert length.dtype == jnp.int32
+
+
+def test_padded_step_ends_are_not_read():
+    ends = jnp.array([[3, 7, 99]], jnp.int32)
+    mask = jnp.array([[True, True, False]])
+    assert prefix_length(jnp.array([-1], jnp.int32), ends, mask).tolist() == [7]
+
+
+def test_row_without_steps_keeps_nothing():
+    ends = jnp.array([[5, 9]], jnp.int32)
+    mask = jnp.zeros((1, 2), bool)
+    assert prefix_length(jnp.array([-1], jnp.int32), ends, mask).tolist() == [0]
+
+
+def test_prefix_length_agrees_with_a_slow_twin_eager_and_jitted():
+    jitted = jax.jit(prefix_length)
+    for seed in SEEDS:
+        rows = random_rows(seed)
+        steps = rows["mask"].sum(1)
+        first = np.random.default_rng(seed).integers(-1, np.maximum(steps, 0)).astype(np.int32)
+        want = [slow_prefix_length(*r) for r in zip(first, rows["ends"], rows["mask"], strict=True)]
+        assert prefix_length(first, rows["ends"], rows["mask"]).tolist() == want
+        assert jitted(first, rows["ends"], rows["mask"]).tolist() == want
+
+
+# --- Locators -------------------------------------------------------------------------------------
+
+# Four verdicts that a locator can meet: an error at step 2, none, an error at once, not scored.
+SCORES = jnp.array([[0.9, 0.8, 0.1, 0.2], [0.9, 0.6, 0.7, 0.8], [0.2, 0.9, 0.9, 0.9], [0.0] * 4])
+MASK = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+
+
+@pytest.mark.parametrize("locator", ["prm", "oracle"])
+def test_prm_and_oracle_find_the_first_low_step(locator):
+    assert locate(SCORES, MASK, jax.random.key(0), locator=locator).tolist() == [2, -1, 0, -1]
+
+
+def test_tau_moves_the_mark():
+    found = locate(SCORES, MASK, jax.random.key(0), tau=0.85)
+    assert found.tolist() == [1, 1, 0, -1]
+
+
+@pytest.mark.parametrize("locator", ["prm", "oracle"])
+def test_tau_zero_never_marks(locator):
+    scores = jnp.concatenate([SCORES, jnp.zeros((1, 4))])
+    mask = jnp.concatenate([MASK, jnp.ones((1, 4), bool)])
+    found = locate(scores, mask, jax.random.key(0), locator=locator, tau=0.0)
+    assert found.tolist() == [-1] * 5
+
+
+def test_no_error_falls_back_to_the_lowest_step_only_if_asked():
+    found = locate(SCORES, MASK, jax.random.key(0), on_no_error="argmin")
+    assert found.tolist() == [2, 1, 0, -1]  # step 1 scores 0.6, the lowest of row 1's real steps
+    assert locate(SCORES, MASK, jax.random.key(0), on_no_error="skip")[1] == -1
+
+
+def test_argmin_ignores_padded_steps_and_takes_the_first_of_equals():
+    scores, mask = jnp.array([[0.9, 0.7, 0.7, 0.0]]), jnp.array([[True, True, True, False]])
+    found = locate(scores, mask, jax.random.key(0), on_no_error="argmin")
+    assert found.tolist() == [1]
+
+
+def test_zero_cuts_every_scored_row_at_its_start():
+    found = locate(SCORES, MASK, jax.random.key(0), locator="zero", tau=0.0)
+    assert found.tolist() == [0, 0, 0, -1]
+
+
+@pytest.mark.parametrize("locator", ["prm", "oracle", "random", "random_correct", "zero"])
+@pytest.mark.parametrize("on_no_error", ["skip", "argmin"])
+def test_unscored_rows_are_never_marked(locator, on_no_error):
+    key, empty = jax.random.key(0), jnp.zeros((6, 4), bool)
+    found = locate(jnp.zeros((6, 4)), empty, key, locator=locator, on_no_error=on_no_error)
+    assert found.tolist() == [-1] * 6
+    assert found.dtype == jnp.int32
+
+
+def repeat_row(row, times):
+    return jnp.tile(jnp.asarray(row)[None], (times, 1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_random_is_uniform_over_the_steps_after_the_first(steps):
+    draws, scores = 2000, [1.0, 0.0, 1.0, 1.0, 1.0, 0.0]  # it does not read the scores
+    mask = np.arange(6) < steps
+    scores, mask = repeat_row(scores, draws), repeat_row(mask, draws)
+    found = np.asarray(locate(scores, mask, jax.random.key(1), locator="random"))
+    if steps == 1:  # nothing lies behind the first step
+        assert set(found) == {-1}
+        return
+    counts = np.bincount(found, minlength=steps)
+    assert set(found) == set(range(1, steps))
+    assert np.abs(counts[1:] - draws / (steps - 1)).max() < 5 * (draws / (steps - 1)) ** 0.5
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_random_correct_is_uniform_from_step_one_to_the_first_error(first):
+    draws, scores = 2000, [1.0] * first + [0.0] * (6 - first)
+    scores, mask = repeat_row(scores, draws), jnp.ones((draws, 6), bool)
+    found = np.asarray(locate(scores, mask, jax.random.key(2), locator="random_correct"))
+    if first == 0:  # no step before the error is right
+        assert set(found) == {-1}
+        return
+    counts = np.bincount(found, minlength=first + 1)
+    assert set(found) == set(range(1, first + 1))
+    assert np.abs(counts[1:] - draws / first).max() < 5 * (draws / first) ** 0.5
+
+
+def test_random_correct_without_an_error_is_none_or_counts_to_the_lowest_step():
+    draws = 200
+    scores, mask = repeat_row([0.9, 0.8, 0.6, 0.7], draws), jnp.ones((draws, 4), bool)
+    found = locate(scores, mask, jax.random.key(3), locator="random_correct")
+    assert set(found.tolist()) == {-1}
+    found = locate(scores, mask, jax.random.key(3), locator="random_correct", on_no_error="argmin")
+    assert set(found.tolist()) == {1, 2}
+
+
+def test_random_locators_follow_their_key():
+    draw = functools.partial(locate, repeat_row([1.0] * 6, 50), jnp.ones((50, 6), bool))
+    first = draw(jax.random.key(0), locator="random").tolist()
+    assert draw(jax.random.key(0), locator="random").tolist() == first
+    assert draw(jax.random.key(1), locator="random").tolist() != first
+
+
+def test_locate_agrees_with_a_slow_twin():
+    for seed in SEEDS:
+        rows = random_rows(seed)
+        device = to_device(rows)
+        for tau, on_no_error in itertools.product((0.0, 0.5, 0.75), ("skip", "argmin")):
+            want = []
+            for scores, mask in zip(rows["scores"], rows["mask"], strict=True):
+                first, steps = slow_first_error(scores, mask, tau), int(mask.sum())
+                if first < 0 and on_no_error == "argmin" and steps:
+                    first = min(range(steps), key=lambda k, s=scores: s[k])
+                want.append(first)
+            found = locate(
+                device["scores"], device["mask"], jax.random.key(seed),
+                tau=tau, on_no_error=on_no_error,
+            )  # fmt: skip
+            assert found.tolist() == want
+
+
+@pytest.mark.parametrize("locator", ["prm", "random", "random_correct", "zero"])
+def test_locate_is_the_same_eager_and_jitted(locator):
+    jitted = jax.jit(locate, static_argnames=("locator", "tau"))
+    device = to_device(random_rows(0))
+    eager = locate(device["scores"], device["mask"], jax.random.key(5), locator=locator, tau=0.75)
+    again = jitted(device["scores"], device["mask"], jax.random.key(5), locator=locator, tau=0.75)
+    assert eager.tolist() == again.tolist()
+
+
+def test_unknown_locator_or_fallback_is_an_error_that_names_the_choices():
+    with pytest.raises(InputError, match="random_correct, zero, got 'best'"):
+        locate(SCORES, MASK, jax.random.key(0), locator="best")
+    with pytest.raises(InputError, match='"skip" or "argmin", got \'last\''):
+        locate(SCORES, MASK, jax.random.key(0), on_no_error="last")
+
+
+# --- Candidates -----------------------------------------------------------------------------------
+
+
+def candidates_of(rewards, first_error, *, steps=4, finished=None, scores=None, **options):
+    """`select_candidates` of rows that all have `steps` right steps, unless told otherwise."""
+    rows = len(rewards)
+    scores = jnp.ones((rows, steps)) if scores is None else jnp.asarray(scores, jnp.float32)
+    finished = jnp.ones(rows, bool) if finished is None else jnp.asarray(finished)
+    return select_candidates(
+        jnp.asarray(rewards, jnp.float32), finished, jnp.asarray(first_error, jnp.int32), scores,
+        jnp.ones((rows, steps), bool), group_size=options.pop("group_size", rows), **options,
+    ).tolist()  # fmt: skip
+
+
+def test_wrong_rows_with_a_marked_step_are_candidates():
+    assert candidates_of([0, 1, 0, 0], [2, 2, -1, 1]) == [True, False, False, True]
+
+
+def test_lucky_answers_are_candidates_if_asked():
+    scores = [[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.9, 0.9, 0.9]]
+    rewards, first_error = [0, 1, 1], [2, 2, 2]  # the third row is right, and no step is low
+    options = {"steps": 3, "scores": scores}
+    selected = candidates_of(rewards, first_error, **options, select="wrong_or_low_prm")
+    assert selected == [True, True, False]
+    assert candidates_of(rewards, first_error, **options, select="any") == [True, True, True]
+    low_tau = candidates_of(rewards, first_error, **options, select="wrong_or_low_prm", tau=0.05)
+    assert low_tau == [True, False, False]
+
+
+def test_rollouts_without_end_token_are_candidates_only_if_asked():
+    finished = [True, False]
+    assert candidates_of([0, 0], [1, 1], finished=finished) == [True, False]
+    assert candidates_of([0, 0], [1, 1], finished=finished, require_finished=False) == [True, True]
+
+
+def test_trigger_opens_whole_groups():
+    rewards = [0, 0, 1, 0, 1, 1]  # groups of two that solve 0 %, 50 %, 100 %
+    first_error = [1] * 6
+    selected = functools.partial(candidates_of, rewards, first_error, group_size=2, select="any")
+    assert selected() == [True] * 6
+    assert selected(trigger="all_wrong") == [True, True, False, False, False, False]
+    assert selected(trigger="mixed_only") == [False, False, True, True, False, False]
+    assert selected(trigger="acc_below") == [True, True, False, False, False, False]
+    wider = selected(trigger="acc_below", trigger_accuracy=0.6)
+    assert wider == [True, True, True, True, False, False]
+
+
+def test_trigger_counts_exactly_in_groups_of_any_size():
+    # As float32 means inside jit, 41 / 41 is 0.99999994 and 5 / 25 is above 0.2.
+    select = jax.jit(
+        select_candidates,
+        static_argnames=("group_size", "select", "trigger", "trigger_accuracy"),
+    )
+    for size, right, trigger in ((41, 41, "mixed_only"), (25, 5, "acc_below")):
+        rewards = jnp.asarray(np.arange(size) < right, jnp.float32)
+        selected = select(
+            rewards, jnp.ones(size, bool), jnp.ones(size, jnp.int32), jnp.ones((size, 2)),
+            jnp.ones((size, 2), bool), group_size=size, select="any", trigger=trigger,
+            trigger_accuracy=0.2,
+        )  # fmt: skip
+        assert not selected.any()
+
+
+def test_short_prefixes_are_no_candidates():
+    first_error = [0, 1, 2, 3]
+    assert candidates_of([0] * 4, first_error) == [False, True, True, True]
+    assert candidates_of([0] * 4, first_error, min_prefix_steps=0) == [True] * 4
+    assert candidates_of([0] * 4, first_error, min_prefix_steps=2) == [False, False, True, True]
+    # of 4 steps: shares 0/4, 1/4, 2/4, 3/4
+    assert candidates_of([0] * 4, first_error, min_prefix_ratio=0.5) == [False, False, True, True]
+    assert candidates_of([0] * 4, first_error, min_prefix_ratio=0.6) == [False, False, False, True]
+
+
+def test_solved_at_says_what_is_wrong():
+    assert candidates_of([0.4, 0.5, 1.0], [1, 1, 1]) == [True, True, False]
+    assert candidates_of([0.4, 0.5, 1.0], [1, 1, 1], solved_at=0.5) == [True, False, False]
+
+
+def test_unscored_row_is_no_candidate_even_if_its_first_error_says_so():
+    found = select_candidates(
+        jnp.zeros(2), jnp.ones(2, bool), jnp.array([1, 0], jnp.int32), jnp.zeros((2, 3)),
+        jnp.zeros((2, 3), bool), group_size=2, min_prefix_steps=0, select="any",
+    )  # fmt: skip
+    assert found.tolist() == [False, False]
+
+
+OPTIONS = [
+    {"select": select, "trigger": trigger, **rest}
+    for (select, trigger), rest in zip(
+        itertools.product(
+            ("wrong", "wrong_or_low_prm", "any"), ("always", "acc_below", "all_wrong", "mixed_only")
+        ),
+        itertools.cycle(
+            [
+                {},
+                {"require_finished": False, "solved_at": 0.5},
+                {"min_prefix_steps": 0, "tau": 0.75},
+                {"min_prefix_ratio": 0.5},
+                {"trigger_accuracy": 0.3, "min_prefix_steps": 2},
+            ]
+        ),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_candidates_agree_with_a_slow_twin(options):
+    for seed in SEEDS:
+        rows = random_rows(seed)
+        first = [slow_first_error(*r, 0.5) for r in zip(rows["scores"], rows["mask"], strict=True)]
+        device = to_device(rows)
+        found = select_candidates(
+            device["rewards"], device["finished"], jnp.asarray(first, jnp.int32), device["scores"],
+            device["mask"], group_size=G, **options,
+        )  # fmt: skip
+        assert found.tolist() == slow_candidates(rows, first, **options)
+
+
+def test_unknown_selection_or_trigger_is_an_error():
+    with pytest.raises(InputError, match="got 'worst', 'always'"):
+        candidates_of([0], [1], select="worst")
+    with pytest.raises(InputError, match="got 'wrong', 'never'"):
+        candidates_of([0], [1], trigger="never")
+
+
+# --- Ranking --------------------------------------------------------------------------------------
+
+
+def rank(candidates, first_error, scores, mask=None, **options):
+    scores = jnp.asarray(scores, jnp.float32)
+    mask = jnp.ones(scores.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    first_error = jnp.asarray(first_error, jnp.int32)
+    rows, is_real = rank_candidates(
+        jnp.asarray(candidates, bool), first_error, scores, mask, **options
+    )
+    assert rows.dtype == jnp.int32 and is_real.dtype == bool
+    return rows.tolist(), is_real.tolist()
+
+
+def test_largest_correct_share_comes_first():
+    # Shares 1/4, 3/4, 2/4 and, of two steps, 1/2 with a better prefix.
+    scores = [[0.9] * 4, [0.6] * 4, [0.7] * 4, [0.8, 0.1, 0.0, 0.0]]
+    mask = np.arange(4)[None, :] < np.array([4, 4, 4, 2])[:, None]
+    rows, is_real = rank([1, 1, 1, 1], [1, 3, 2, 1], scores, mask, group_size=4, n_correct=-1)
+    assert rows == [1, 3, 2, 0]
+    assert is_real == [True] * 4
+
+
+def test_equal_shares_go_to_the_better_prefix_then_to_the_earlier_row():
+    scores = [[0.6, 0.8, 0.0], [0.9, 0.7, 0.0], [0.8, 0.8, 0.0], [0.7, 0.7, 0.4]]
+    # means of two steps: (0.6+0.8)/2 = 0.7, (0.9+0.7)/2 = 0.8, (0.8+0.8)/2 = 0.8, 0.7
+    scores = np.round(np.array(scores) * 8) / 8  # exact in float32
+    scores[[0, 3], :2], scores[[1, 2], :2] = [[0.5, 0.75], [0.625, 0.625]], [[1, 0.5], [0.75, 0.75]]
+    rows, _ = rank([1] * 4, [2] * 4, scores, group_size=4, n_correct=-1)
+    assert rows == [1, 2, 0, 3]
+
+
+def test_scores_behind_the_prefix_do_not_count():
+    rows, _ = rank([1, 1], [1, 1], [[0.5, 1.0], [0.75, 0.0]], group_size=2, n_correct=-1)
+    assert rows == [1, 0]
+
+
+def test_candidates_come_before_all_others():
+    rows, is_real = rank([0, 0, 1], [2, 1, 0], [[0.9, 0.9]] * 3, group_size=3, n_correct=2)
+    assert rows[0] == 2
+    assert is_real == [True, False]
+
+
+def test_each_group_gives_its_own_best_rows():
+    rows, is_real = rank([1, 1, 0, 1], [1, 2, 2, 1], [[0.9] * 3] * 4, group_size=2, n_correct=1)
+    assert rows == [1, 3]
+    assert is_real == [True, True]
+
+
+def test_more_repairs_than_rows_is_every_row():
+    rows, _ = rank([1, 1], [1, 1], [[0.9] * 3] * 2, group_size=2, n_correct=5)
+    assert rows == [0, 1]
+
+
+def test_limit_takes_the_best_rows_of_each_group():
+    arguments = ([1] * 6, [1, 2, 3, 3, 2, 1], [[0.9] * 4] * 6)
+    limit = jnp.array([1, -1], jnp.int32)
+    rows, is_real = rank(*arguments, group_size=3, n_correct=-1, limit=limit)
+    assert rows == [2, 1, 0, 3, 4, 5]
+    assert is_real == [True, False, False, False, False, False]
+
+
+def test_ranking_agrees_with_a_slow_twin_eager_and_jitted():
+    jitted = jax.jit(rank_candidates, static_argnames=("group_size", "n_correct"))
+    for seed, n_correct in itertools.product(SEEDS, (-1, 1, 3)):
+        rows = random_rows(seed)
+        rng = np.random.default_rng(seed)
+        steps = rows["mask"].sum(1)
+        first = np.array([rng.integers(0, max(n, 1)) for n in steps], np.int32)
+        candidates = (rng.random(B) < 0.7) & (steps > 0)
+        limit = rng.integers(-1, G + 1, P).astype(np.int32)
+        device, take = to_device(rows), G if n_correct < 0 else n_correct
+        for rank_fn, capped in itertools.product((rank_candidates, jitted), (False, True)):
+            found, is_real = jax.device_get(
+                rank_fn(
+                    jnp.asarray(candidates), jnp.asarray(first), device["scores"], device["mask"],
+                    group_size=G, n_correct=n_correct, limit=jnp.asarray(limit) if capped else None,
+                )
+            )  # fmt: skip
+            assert found.shape == is_real.shape == (P * take,)
+            for group in range(P):
+                want = slow_ranking(candidates, first, rows, group)[:take]
+                want = want[: max(limit[group], 0)] if capped else want
+                mine = slice(group * take, (group + 1) * take)
+                assert found[mine][is_real[mine]].tolist() == want
+                assert is_real[mine].tolist() == [k < len(want) for k in range(take)]
+                assert len(set(found[mine])) == take and (found[mine] // G == group).all()
+
+
+# --- Random replacement ---------------------------------------------------------------------------
+
+
+def test_random_replacement_takes_wrong_rows_first_and_each_once():
+    rewards = jnp.array([1, 0, 1, 0, 0, 1, 1, 1], jnp.float32)  # wrong: 1, 3 | 4
+    seen = set()
+    for seed in range(20):
+        targets = random_wrong_rows(rewards, jax.random.key(seed), group_size=4, count=3).tolist()
+        assert set(targets[:2]) == {1, 3} and targets[2] in (0, 2)
+        assert targets[3] == 4 and set(targets[4:]) < {5, 6, 7} and len(set(targets[4:])) == 2
+        seen.add(tuple(targets[:2]))
+    assert seen == {(1, 3), (3, 1)}
+
+
+# --- The plan -------------------------------------------------------------------------------------
+
+PLAN = {
+    "group_size": G, "solved_at": 1.0, "n_correct": 1, "spare_last_wrong": False,
+    "replace_random": False, "locator": "prm", "tau": 0.5, "on_no_error": "skip", "select": "wrong",
+    "require_finished": True, "trigger": "always", "trigger_accuracy": 0.5, "min_prefix_steps": 1,
+    "min_prefix_ratio": 0.0,
+}  # fmt: skip
+
+
+def plan(rows, seed=0, **options):
+    device = to_device(rows)
+    columns = [device[name] for name in ("rewards", "finished", "scores", "ends", "mask")]
+    keys = (jax.random.key(seed), jax.random.key(seed + 1))
+    return jax.device_get(plan_corrections(*columns, keys, **{**PLAN, **options}))
+
+
+def rows_with(rewards):
+    """Every row: 4 steps of 3 tokens, the third one wrong."""
+    rows = random_rows(0)
+    rows["rewards"] = np.asarray(rewards, np.float32)
+    rows["finished"] = np.ones(B, bool)
+    rows["mask"] = np.arange(S)[None, :] < np.full(B, 4)[:, None]
+    rows["ends"] = (np.arange(1, S + 1) * 3 * rows["mask"]).astype(np.int32)
+    rows["scores"] = np.tile(np.array([0.9, 0.9, 0.1, 0.9, 0.0]), (B, 1))
+    return rows
+
+
+def test_last_wrong_row_of_a_group_is_spared_and_two_give_one_repair():
+    rows = rows_with([0, 1, 1, 1] + [0, 0, 1, 1] + [1, 1, 1, 1])
+    _, _, is_real, _, _ = plan(rows, n_correct=-1, spare_last_wrong=True)
+    assert is_real.reshape(P, G).sum(1).tolist() == [1 - 1, 2 - 1, 0]
+    _, _, is_real, _, _ = plan(rows, n_correct=-1)
+    assert is_real.reshape(P, G).sum(1).tolist() == [1, 2, 0]
+
+
+def test_plan_keeps_the_tokens_before_the_first_wrong_step():
+    rows = rows_with([1, 0, 1, 1] + [1] * 4 + [0] * 4)
+    first_error, chosen, is_real, kept, targets = plan(rows)
+    assert first_error.tolist() == [2] * B
+    assert chosen[is_real].tolist() == [1, 8]
+    assert is_real.tolist() == [True, False, True]
+    assert kept.tolist() == [3 * 2, 0, 3 * 2]  # filling rows keep nothing
+    assert targets.tolist() == chosen.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_correct": -1, "spare_last_wrong": True},
+        {"n_correct": 2, "select": "any", "trigger": "mixed_only", "tau": 0.75},
+        {"n_correct": -1, "on_no_error": "argmin", "min_prefix_steps": 0, "solved_at": 0.5},
+    ],
+    ids=str,
+)
+def test_plan_agrees_with_a_slow_twin(options):
+    settings = {**PLAN, **options}
+    names = ("select", "require_finished", "trigger", "trigger_accuracy", "min_prefix_steps",
+             "min_prefix_ratio", "tau", "solved_at")  # fmt: skip
+    take = G if settings["n_correct"] < 0 else settings["n_correct"]
+    planned = 0
+    for seed in SEEDS:
+        rows = random_rows(seed)
+        first = []
+        for scores, mask in zip(rows["scores"], rows["mask"], strict=True):
+            found, steps = slow_first_error(scores, mask, settings["tau"]), int(mask.sum())
+            if found < 0 and settings["on_no_error"] == "argmin" and steps:
+                found = int(np.argmin(scores[:steps]))
+            first.append(found)
+        candidates = slow_candidates(rows, first, **{name: settings[name] for name in names})
+        want = []
+        for group in range(P):
+            members = slice(group * G, (group + 1) * G)
+            best = slow_ranking(candidates, first, rows, group)[:take]
+            if settings["spare_last_wrong"]:
+                wrong = sum(r < settings["solved_at"] for r in rows["rewards"][members])
+                best = best[: max(wrong - 1, 0)]
+            want.append(best)
+        first_error, chosen, is_real, kept, targets = plan(rows, **options)
+        assert first_error.tolist() == first
+        real = chosen.reshape(P, take), is_real.reshape(P, take)
+        assert [row[keep].tolist() for row, keep in zip(*real, strict=True)] == want
+        lengths = [
+            slow_prefix_length(first[i], rows["ends"][i], rows["mask"][i]) if ok else 0
+            for i, ok in zip(chosen, is_real, strict=True)
+        ]
+        assert kept.tolist() == lengths
+        assert targets.tolist() == chosen.tolist()
+        planned += int(is_real.sum())
+    assert planned > 20  # the comparison is not one of empty plans
+
+
+def test_random_replacement_targets_are_distinct_wrong_rows_and_not_always_the_source():
+    elsewhere, repairs = 0, 0
+    for seed in range(30):
+        rows = random_rows(seed)
+        options = {"n_correct": 3, "replace_random": True, "spare_last_wrong": True}
+        _, chosen, is_real, _, targets = plan(rows, seed, **options)
+        assert targets.shape == chosen.shape
+        for group in range(P):
+            mine = np.arange(group * 3, (group + 1) * 3)
+            hit = targets[mine][is_real[mine]]
+            assert (rows["rewards"][hit] < 1).all()
+            assert len(set(targets[mine])) == 3
+            assert (targets[mine] // G == group).all()
+        elsewhere += int((targets != chosen)[is_real].sum())
+        repairs += int(is_real.sum())
+    assert 0 < elsewhere < repairs
+
+
+def test_tau_zero_plans_no_correction():
+    for seed in SEEDS:
+        _, _, is_real, kept, _ = plan(random_rows(seed), tau=0.0, n_correct=-1, select="any")
+        assert not is_real.any() and not kept.any()

@@ -1,0 +1,292 @@
+"""Tests of the forward and its cache: a plain float64 twin, what a token may see, and what a config may change."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scope_jax.models.kv_cache import init_cache, positions_from_mask, repeat_rows
+from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare, rms_norm, rotary_angles, rotate
+
+# num_heads * head_dim != embed_dim and three query heads a kv head, so that a mixed-up axis changes a shape or a value.
+CONFIG = TransformerConfig(
+    vocab_size=19, embed_dim=16, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=4, mlp_dim=20, qkv_bias=True
+)
+ROWS, LENGTH = 3, 7
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+POSITIONS = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def hidden_of(model, params, tokens, positions):
+    return model(params, tokens, positions=positions)[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def read_one(model, params, token, position, cache):
+    hidden, cache = model(params, token[:, None], positions=position[:, None], cache=cache)
+    return hidden[:, 0], cache
+
+
+def random_params(config, seed=0):
+    """Params of which none keeps its initial 0 or 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(weight):
+        noise = 0.3 * rng.standard_normal(weight.shape)
+        return jnp.asarray(1 + noise if weight.init == "ones" else noise, jnp.float32)
+
+    return jax.tree.map(draw, declare(config), is_leaf=lambda x: isinstance(x, Weight))
+
+
+PARAMS = random_params(CONFIG)
+MODEL = Transformer(CONFIG)
+
+
+# --- The forward against a plain twin -------------------------------------------------------------
+
+
+def twin_hidden(c, params, tokens):
+    """The forward of one row in float64, token by token and head by head."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2) + c.rms_norm_eps) * scale
+
+    def turn(x, position):
+        out, half = np.zeros_like(x), c.head_dim // 2
+        for i in range(half):
+            angle = position / c.rope_theta ** (2 * i / c.head_dim)
+            out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+            out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+        return out
+
+    rows = [params["embed"][token] for token in tokens]
+    for n in range(c.num_layers):
+        w = jax.tree.map(lambda x, n=n: x[n], params["layers"])
+        normed = [norm(x, w["attn_norm"]) for x in rows]
+        project = lambda name, head: [x @ w[name]["w"][:, head] + w[name]["b"][head] for x in normed]  # noqa: B023, E731
+        attended = [np.zeros(c.embed_dim) for _ in rows]
+        for head in range(c.num_heads):
+            kv_head = head // (c.num_heads // c.num_kv_heads)
+            queries = [turn(q, t) for t, q in enumerate(project("q", head))]
+            keys = [turn(k, t) for t, k in enumerate(project("k", kv_head))]
+            values = project("v", kv_head)
+            for t, query in enumerate(queries):
+                weights = np.exp([query @ keys[s] / np.sqrt(c.head_dim) for s in range(t + 1)])
+                mixed = sum(weight * values[s] for s, weight in enumerate(weights / weights.sum()))
+                attended[t] += mixed @ w["o"][head]
+        rows = [x + y for x, y in zip(rows, attended, strict=True)]
+        for t, x in enumerate(rows):
+            normed_x = norm(x, w["mlp_norm"])
+            gate = normed_x @ w["gate"]
+            rows[t] = x + (gate / (1 + np.exp(-gate)) * (normed_x @ w["up"])) @ w["down"]
+    return np.stack([norm(x, params["final_norm"]) for x in rows])
+
+
+def test_forward_equals_a_plain_float64_forward():
+    hidden = hidden_of(MODEL, PARAMS, TOKENS, POSITIONS)
+    want = np.stack([twin_hidden(CONFIG, PARAMS, row) for row in TOKENS])
+    assert hidden.dtype == jnp.float32
+    assert np.abs(want).mean() > 0.3
+    np.testing.assert_allclose(hidden, want, rtol=0, atol=1e-5)
+
+
+def test_rms_norm_by_hand():
+    x = jnp.array([[[3.0, 4.0]]])
+    want = [3 / np.sqrt((9 + 16) / 2 + 0.5) * 2, 4 / np.sqrt((9 + 16) / 2 + 0.5) * 10]
+    np.testing.assert_allclose(rms_norm(x, jnp.array([2.0, 10.0]), 0.5)[0, 0], want, rtol=1e-6)
+
+
+def test_rotation_by_hand():
+    # head_dim 4, theta 100: the pairs (0, 2) and (1, 3) turn by position * 1 and position * 100**-0.5
+    angles = rotary_angles(jnp.array([[0, 3]]), 4, 100.0)
+    np.testing.assert_allclose(angles[0, :, 0], [[0, 0], [3 * 1, 3 / 10]], rtol=1e-6)
+    x = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0, 0.0]), (1, 2, 1, 4))
+    want = [[1, 1, 0, 0], [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)]]
+    np.testing.assert_allclose(rotate(x, angles)[0, :, 0], want, rtol=1e-6)
+
+
+# --- What a token sees ----------------------------------------------------------------------------
+
+
+def test_later_token_changes_no_earlier_hidden():
+    changed = TOKENS.copy()
+    changed[:, 4] = (changed[:, 4] + 1) % CONFIG.vocab_size
+    before = np.asarray(hidden_of(MODEL, PARAMS, TOKENS, POSITIONS))
+    after = np.asarray(hidden_of(MODEL, PARAMS, changed, POSITIONS))
+    np.testing.assert_array_equal(after[:, :4], before[:, :4])
+    assert (np.abs(after[:, 4:] - before[:, 4:]).max(axis=(0, 2)) > 1e-2).all()  # the later ones all see it
+
+
+def test_left_padding_changes_no_hidden():
+    lengths = [7, 4, 1]
+    padded, mask = np.full((ROWS, LENGTH), 18, np.int32), np.zeros((ROWS, LENGTH), bool)
+    for row, length in enumerate(lengths):
+        padded[row, LENGTH - length :], mask[row, LENGTH - length :] = TOKENS[row, :length], True
+    positions = positions_from_mask(mask)
+    hidden = hidden_of(MODEL, PARAMS, padded, positions)
+    plain = hidden_of(MODEL, PARAMS, TOKENS, POSITIONS)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, LENGTH - length :], plain[row, :length], rtol=0, atol=1e-5)
+    other_padding = np.where(mask, padded, 3)
+    again = hidden_of(MODEL, PARAMS, other_padding, positions)
+    np.testing.assert_array_equal(np.asarray(again)[mask], np.asarray(hidden)[mask])
+    assert np.isfinite(hidden).all()  # padding too: a NaN there would reach every gradient
+
+
+def test_positions_count_the_real_tokens():
+    mask = jnp.array([[False, True, True, False], [True, True, False, True], [False] * 4])
+    assert positions_from_mask(mask).tolist() == [[-1, 0, 1, -1], [0, 1, -1, 2], [-1] * 4]
+    assert positions_from_mask(mask).dtype == jnp.int32
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+def test_cached_tokens_one_by_one_equal_the_full_forward():
+    want = np.asarray(hidden_of(MODEL, PARAMS, TOKENS, POSITIONS))
+    cache = MODEL.init_cache(ROWS, LENGTH + 2)  # two slots stay empty
+    for t in range(LENGTH):
+        hidden, cache = read_one(MODEL, PARAMS, TOKENS[:, t], POSITIONS[:, t], cache)
+        np.testing.assert_allclose(hidden, want[:, t], rtol=0, atol=1e-5)
+    assert cache.length == LENGTH
+    assert cache.positions.tolist() == [[*range(LENGTH), -1, -1]] * ROWS
+
+
+def test_cache_keeps_prefill_and_decode_apart_from_padding():
+    # Row 0 is whole, row 1 has 3 tokens of padding on the left, row 2 has a hole (an ended row's slot) in the middle.
+    slots = [[0, 1, 2, 3, 4, 5, 6], [-1, -1, -1, 0, 1, 2, 3], [0, 1, 2, 3, -1, 4, 5]]
+    tokens = np.array([[TOKENS[row, p] if p >= 0 else 18 for p in line] for row, line in enumerate(slots)], np.int32)
+    slots = np.array(slots, np.int32)
+    want = np.asarray(hidden_of(MODEL, PARAMS, TOKENS, POSITIONS))
+    prefill = jax.jit(lambda p, t, s, c: MODEL(p, t, positions=s, cache=c))
+    hidden, cache = prefill(PARAMS, tokens[:, :4], slots[:, :4], MODEL.init_cache(ROWS, LENGTH + 2))
+    got = [*np.moveaxis(np.asarray(hidden), 1, 0)]
+    for t in range(4, LENGTH):
+        hidden, cache = read_one(MODEL, PARAMS, tokens[:, t], slots[:, t], cache)
+        got.append(np.asarray(hidden))
+    got = np.stack(got, axis=1)
+    for row, column in zip(*np.nonzero(slots >= 0), strict=True):
+        np.testing.assert_allclose(got[row, column], want[row, slots[row, column]], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(cache.positions[:, :LENGTH], slots)
+
+
+def test_repeated_cache_is_row_major_by_prompt():
+    cache = init_cache(2, 2, 3, 1, 4, jnp.float32)
+    cache = cache.replace(keys=cache.keys.at[:, 1].set(1.0), positions=jnp.array([[0, -1, -1], [5, 6, -1]]))
+    repeated = repeat_rows(cache, 3)
+    assert repeated.keys.shape == repeated.values.shape == (2, 6, 3, 1, 4)
+    assert repeated.keys[1, :, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert repeated.positions[:, 0].tolist() == [0, 0, 0, 5, 5, 5]
+    assert repeated.length.shape == ()
+
+
+# --- What a config changes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_bias_is_used(name):
+    layers = {**PARAMS["layers"], name: {**PARAMS["layers"][name], "b": jnp.zeros_like(PARAMS["layers"][name]["b"])}}
+    before = hidden_of(MODEL, PARAMS, TOKENS, POSITIONS)
+    after = hidden_of(MODEL, {**PARAMS, "layers": layers}, TOKENS, POSITIONS)
+    assert np.abs(after - before).max() > 1e-2
+
+
+def test_declaration_has_biases_and_an_unembedding_only_where_the_config_says_so():
+    assert set(declare(CONFIG)) == {"embed", "layers", "final_norm", "unembed"}
+    assert set(declare(CONFIG)["layers"]["q"]) == {"w", "b"}
+    plain = declare(dataclasses.replace(CONFIG, qkv_bias=False, tie_embeddings=True))
+    assert set(plain) == {"embed", "layers", "final_norm"}
+    assert [set(plain["layers"][name]) for name in "qkv"] == [{"w"}] * 3
+
+
+def test_tied_model_reads_its_logits_off_the_embedding():
+    tied = Transformer(dataclasses.replace(CONFIG, tie_embeddings=True))
+    np.testing.assert_array_equal(tied.unembed(PARAMS), PARAMS["embed"].T)
+    np.testing.assert_array_equal(MODEL.unembed(PARAMS), PARAMS["unembed"])
+    assert MODEL.unembed(PARAMS).shape == (CONFIG.embed_dim, CONFIG.vocab_size)
+
+
+def test_remat_recomputes_and_gives_the_same_gradients():
+    def loss(params, model):
+        hidden, _ = model(params, TOKENS, positions=POSITIONS)
+        return jnp.sum(jnp.sin(hidden @ model.unembed(params)))
+
+    remat = Transformer(dataclasses.replace(CONFIG, remat=True))
+    assert "remat" in str(jax.make_jaxpr(lambda p: loss(p, remat))(PARAMS))
+    assert "remat" not in str(jax.make_jaxpr(lambda p: loss(p, MODEL))(PARAMS))
+    gradient = jax.jit(jax.grad(loss), static_argnames="model")
+    want, got = gradient(PARAMS, MODEL), gradient(PARAMS, remat)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))  # every weight takes part
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_has_the_dtype_of_the_computation():
+    half = Transformer(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    cache = jax.eval_shape(lambda: half.init_cache(ROWS, LENGTH))
+    hidden, new_cache = jax.eval_shape(
+        lambda p, c: half(p, TOKENS, positions=POSITIONS, cache=c), PARAMS, cache
+    )  # fmt: skip
+    assert hidden.dtype == jnp.bfloat16
+    assert new_cache.keys.dtype == new_cache.values.dtype == jnp.bfloat16
+
+
+# --- Initial weights ------------------------------------------------------------------------------
+
+
+def test_initial_params_have_the_declared_shapes_and_dtype():
+    declared = declare(CONFIG)
+    is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = jax.eval_shape(lambda dtype=dtype: MODEL.init(jax.random.key(0), dtype))
+        want = jax.tree.map(lambda w, dtype=dtype: jax.ShapeDtypeStruct(w.shape, dtype), declared, is_leaf=is_weight)
+        assert params == want
+    for weight in jax.tree.leaves(declared, is_leaf=is_weight):
+        assert len(weight.axes) == len(weight.shape)
+        assert weight.stacked == (weight.shape[0] == CONFIG.num_layers)
+
+
+def test_initial_params_have_unit_norms_zero_biases_and_fan_in_scale():
+    wide = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=96)
+    params = jax.jit(Transformer(wide).init)(jax.random.key(0))
+    layers = params["layers"]
+    for norm in (layers["attn_norm"], layers["mlp_norm"], params["final_norm"]):
+        assert (norm == 1).all()
+    assert all((layers[name]["b"] == 0).all() for name in "qkv")
+    fan_ins = {"gate": 64, "up": 64, "down": 96, "o": 6 * 4}
+    for name, fan_in in fan_ins.items():
+        np.testing.assert_allclose(layers[name].std(), fan_in**-0.5, rtol=0.05)
+    np.testing.assert_allclose(layers["q"]["w"].std(), 64**-0.5, rtol=0.05)
+    np.testing.assert_allclose(params["embed"].std(), 0.02, rtol=0.05)
+    assert not np.allclose(layers["gate"], layers["up"])  # a key of its own each
+    assert not np.allclose(layers["gate"][0], layers["gate"][1])
+
+
+# --- A model as a static argument of jit ----------------------------------------------------------
+
+
+def test_equal_models_hash_alike_and_others_do_not_compare_equal():
+    twin, other = Transformer(dataclasses.replace(CONFIG)), Transformer(dataclasses.replace(CONFIG, remat=True))
+    assert twin is not MODEL and twin == MODEL and hash(twin) == hash(MODEL)
+    assert other != MODEL
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        twin.config = other.config
+
+
+def test_equal_models_share_one_trace():
+    chex.clear_trace_counter()
+
+    @functools.partial(jax.jit, static_argnames="model")
+    @chex.assert_max_traces(n=1)
+    def width(model, x):
+        return x + model.config.embed_dim
+
+    for _ in range(3):
+        assert width(Transformer(dataclasses.replace(CONFIG)), jnp.zeros(())) == CONFIG.embed_dim
+    with pytest.raises(AssertionError, match="traced > 1"):
+        width(Transformer(dataclasses.replace(CONFIG, rope_theta=5e5)), jnp.zeros(()))
