@@ -91,7 +91,7 @@ def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -
     `parse`.
     """
     *parents, leaf = key.split(".")
-    node = config
+    node: Any = config
     for depth, name in enumerate([*parents, leaf]):
         if not isinstance(node, ConfigDict) or name not in node:
             known = list(node) if isinstance(node, ConfigDict) else []
@@ -100,10 +100,11 @@ def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -
             raise InputError(f"config key {key!r}: {where} has no {name!r}{_closest(name, known)}")
         if depth < len(parents):
             node = node[name]
-    if isinstance(node[leaf], ConfigDict):
+    group = node[leaf]
+    if isinstance(group, ConfigDict):
         raise InputError(
             f"config key {key!r} is a group; set one of "
-            + ", ".join(f"{key}.{name}" for name in node[leaf])
+            + ", ".join(f"{key}.{name}" for name in group)
         )
     typed = _typed(key, value, node[leaf]) if parse else value
     with (
@@ -180,7 +181,7 @@ def load_object(reference: str, kind: str) -> Callable:
     """
     module_name, _, name = reference.partition(":")
     try:
-        found = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"{kind} {reference!r}: cannot import {module_name}: {error}") from None
     for part in filter(None, name.split(".")):

@@ -70,8 +70,8 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_):
-        del duration
+    def _listen(self, event: str, duration_secs: float, **_):
+        del duration_secs
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 

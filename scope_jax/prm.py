@@ -115,11 +115,11 @@ def load_prm(path, *, mesh=None, rules=None, dtype=None):
         raise InputError(
             f'{directory}/config.json has no "scope_jax_prm_head": not a PRM that `save_prm` wrote'
         )
-    tensors = Tensors(directory)
-    dtype = jnp.dtype(dtype or tensors.dtype("model.embed_tokens.weight"))
-    config = dataclasses.replace(config_from_hf(hf_config, directory), dtype=str(dtype))
+    config = config_from_hf(hf_config, directory)
     prm = PRM(Transformer(config), hf_config["scope_jax_prm_head"])
-    return prm, load_tree(prm.declare(), tensors, mesh=mesh, rules=rules, dtype=dtype)
+    params = load_tree(prm.declare(), Tensors(directory), mesh=mesh, rules=rules, dtype=dtype)
+    config = dataclasses.replace(config, dtype=str(params["backbone"]["embed"].dtype))
+    return PRM(Transformer(config), prm.head), params
 
 
 def save_prm(path, prm: PRM, params, tokenizer=None) -> None:

@@ -35,7 +35,7 @@ class Policy(NamedTuple):
     tokenize: Callable[[Any], Prompts]  # records -> their prompts, rendered and in one bucket
     problems: Callable[[str], Any]  # split -> random-access source of records
     reward_fn: Callable[[str, str], float]  # (gold, completion)
-    check_steps: Callable | None  # the task's exact step checker, if it has one
+    check_steps: Any  # the task's exact step checker, if it has one
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
@@ -173,16 +173,13 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
         )
 
     def continue_fn(requests: CorrectionRequests, key, buffer_length: int):
-        rows = (
-            requests.prompt_ids,
-            requests.prompt_mask,
-            requests.prefix_ids,
-            requests.prefix_length,
-        )
+        prompts = put_batch((requests.prompt_ids, requests.prompt_mask), policy.mesh)
+        prefixes = put_batch((requests.prefix_ids, requests.prefix_length), policy.mesh)
         return continue_from(
-            model, params, *put_batch(rows, policy.mesh), key, max_new_tokens=requests.budgets,
-            eos_ids=eos_ids, temperature=config.teacher.temperature, top_p=config.teacher.top_p,
-            pad_id=policy.pad_id, buffer_length=buffer_length,
+            model, params, prompts[0], prompts[1], prefixes[0], prefixes[1], key,
+            max_new_tokens=requests.budgets, eos_ids=eos_ids, pad_id=policy.pad_id,
+            temperature=config.teacher.temperature, top_p=config.teacher.top_p,
+            buffer_length=buffer_length,
         )  # fmt: skip
 
     return model_teacher(continue_fn, **end)

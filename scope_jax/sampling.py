@@ -18,7 +18,6 @@ nor the batch size.
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +68,7 @@ def generate(
     _check_prompts(prompt_ids, prompt_mask)
     if group_size < 1:
         raise InputError(f"group_size must be at least 1, got {group_size}")
-    if not jax.device_get(prompt_mask)[:, -1:].all():
+    if not (prompt_mask.shape[1] and jax.device_get(prompt_mask)[:, -1].all()):
         raise InputError(
             "every prompt needs a token in its last column: prompts are LEFT-padded and not empty"
         )
@@ -113,7 +112,7 @@ def continue_from(
     """
     _check_prompts(prompt_ids, prompt_mask)
     rows = prompt_ids.shape[0]
-    if prefix_ids.shape[0] != rows or prefix_length.shape != (rows,):
+    if prefix_ids.ndim != 2 or prefix_ids.shape[0] != rows or prefix_length.shape != (rows,):
         raise InputError(
             f"{rows} prompts, but prefix_ids {prefix_ids.shape} and "
             f"prefix_length {prefix_length.shape}"
@@ -124,6 +123,10 @@ def continue_from(
             f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, "
             f"got {lengths.min()} .. {lengths.max()}"
         )
+    if not (jax.device_get(prompt_mask).any(-1) | (lengths > 0)).all():
+        raise InputError(
+            "every row needs a token to continue from: its prompt and prefix are empty"
+        )
     options = _options(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
     )
@@ -133,26 +136,34 @@ def continue_from(
 
 
 def _check_prompts(prompt_ids, prompt_mask) -> None:
-    chex.assert_rank([prompt_ids, prompt_mask], 2)
-    chex.assert_equal_shape([prompt_ids, prompt_mask])
+    if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
+        raise InputError(
+            "prompt_ids and prompt_mask must be two arrays [P, N], "
+            f"got {prompt_ids.shape} and {prompt_mask.shape}"
+        )
 
 
 def _options(
     rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
 ) -> dict:
     """Checks the sampling options and splits them into static ones and arrays."""
-    budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (rows,))
+    budgets = np.asarray(jax.device_get(max_new_tokens), np.int32)
+    row_ids = np.arange(rows, dtype=np.int32) if row_ids is None else row_ids
+    if budgets.shape not in ((), (rows,)) or np.shape(row_ids) != (rows,):
+        raise InputError(
+            f"{rows} rows, but max_new_tokens {budgets.shape} and row_ids {np.shape(row_ids)}"
+        )
+    budgets = np.broadcast_to(budgets, (rows,))
     length = int(budgets.max(initial=0)) if buffer_length is None else buffer_length
     if length < 1 or budgets.max() > length or budgets.min() < 0:
         raise InputError(
             f"max_new_tokens must lie in 0 .. {length} with room for a token, got {max_new_tokens}"
         )
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise InputError(
             "temperature >= 0, 0 < top_p <= 1 and top_k >= 0 expected, got "
             f"{temperature=}, {top_p=}, {top_k=}"
         )
-    row_ids = np.arange(rows, dtype=np.int32) if row_ids is None else row_ids
     return {
         # device_put: explicit, so that a caller's transfer guard lets it pass
         "budgets": jax.device_put(budgets),

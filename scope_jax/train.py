@@ -16,6 +16,7 @@ transfer guards). `rows` is what the stages hand on: a dict of arrays [B, ...], 
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -225,8 +226,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     # A prompt that does not fit stops the run before it starts (procedural tasks: the first one).
     policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
     prm, prm_params = load_scorer(config, policy, params)
-    updates = config.total_steps * config.learn.mini_batches
-    optimizer = make_optimizer(total_steps=updates, **config.optimizer)
+    optimizer = make_optimizer(config.total_steps * config.learn.mini_batches, **config.optimizer)
     ref_params = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     teacher = load_teacher(config, policy)
     run = Run(policy, prm, prm_params, teacher, optimizer, ref_params, Timer())
@@ -259,7 +259,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
                 repaired, corrections, trace = repair(run, config, rows, records, *keys[1:])
                 metrics |= corrections
             state, learnt = learn(run, config, state, repaired)
-            state = state.replace(step=on_device)
+            state = dataclasses.replace(state, step=on_device)
         run.timer.seconds["step"] = time.perf_counter() - began
         recompiles += compiles.count - compiled if step > start + 1 else 0
         tokens = {"sample": rows["mask"].sum(), "update": repaired["mask"].sum()}

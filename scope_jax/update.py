@@ -1,5 +1,6 @@
 """The policy update: optimizer, loss over a batch, micro-batches."""
 
+import dataclasses
 import functools
 
 import jax
@@ -34,8 +35,8 @@ def make_schedule(
 
 
 def make_optimizer(
-    *,
     total_steps: int,
+    *,
     learning_rate: float = 1e-6,
     schedule: str = "constant",
     warmup_steps: int = 0,
@@ -282,6 +283,6 @@ def fill_logps(model, params, batch: TrainBatch, *, temperature, chunk_size, fie
     logps, _ = completion_logps(
         model, params, batch, temperature=temperature, chunk_size=chunk_size
     )
-    return batch.replace(
-        **{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)}
+    return dataclasses.replace(
+        batch, **{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)}
     )

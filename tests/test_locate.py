@@ -5,7 +5,6 @@ import itertools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,6 +23,17 @@ SEEDS = range(20)
 P, G, S = 3, 4, 5
 B = P * G
 
+# Hand-made cases run jitted, one compilation each; the twins compare eager calls too.
+jit_first_error = jax.jit(first_error_step)
+jit_prefix_length = jax.jit(prefix_length)
+jit_locate = jax.jit(locate, static_argnames=("locator", "on_no_error"))
+jit_select = jax.jit(
+    select_candidates,
+    static_argnames=("group_size", "select", "require_finished", "trigger", "trigger_accuracy"),
+)
+jit_rank = jax.jit(rank_candidates, static_argnames=("group_size", "n_correct"))
+jit_random_rows = jax.jit(random_wrong_rows, static_argnames=("group_size", "count"))
+
 
 def random_rows(seed):
     """Rows with 0 .. S steps. Scores in quarters, so that ties and score == tau happen."""
@@ -34,15 +44,10 @@ def random_rows(seed):
     return {
         "rewards": rng.choice([0.0, 0.5, 1.0], B).astype(np.float32),
         "finished": rng.random(B) < 0.8,
-        "scores": rng.choice([0.0, 0.25, 0.5, 0.75, 1.0], (B, S), p=[0.1, 0.1, 0.3, 0.3, 0.2]),
+        "scores": (rng.choice(5, (B, S), p=[0.1, 0.1, 0.3, 0.3, 0.2]) / 4).astype(np.float32),
         "mask": mask,
         "ends": ends.astype(np.int32),
     }
-
-
-def to_device(rows):
-    scores = jnp.asarray(rows["scores"], jnp.float32)
-    return {k: jnp.asarray(v) for k, v in rows.items()} | {"scores": scores}
 
 
 # --- Slow twins: one row, one step, one comparison at a time --------------------------------------
@@ -103,190 +108,188 @@ def slow_ranking(candidates, first_error, rows, group):
 
 
 def test_first_error_is_the_first_real_step_below_the_threshold():
-    scores = jnp.array([[0.9, 0.2, 0.1], [0.9, 0.8, 0.7], [0.1, 0.9, 0.9], [0.9, 0.9, 0.1]])
-    mask = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
-    found = first_error_step(scores, mask, 0.5)
+    scores = np.array([[0.9, 0.2, 0.1], [0.9, 0.8, 0.7], [0.1, 0.9, 0.9], [0.9, 0.9, 0.1]])
+    mask = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
+    found = jit_first_error(scores, mask, 0.5)
     assert found.tolist() == [1, -1, 0, -1]  # the last row's low score is padding
-    assert found.dtype == jnp.int32
+    assert found.dtype == np.int32
 
 
 def test_score_at_the_threshold_is_right():
-    found = first_error_step(jnp.array([[0.5, 0.25]]), jnp.ones((1, 2), bool), 0.5)
+    found = jit_first_error(np.array([[0.5, 0.25]]), np.ones((1, 2), bool), 0.5)
     assert found.tolist() == [1]
 
 
 def test_row_without_steps_has_no_error():
-    found = first_error_step(jnp.zeros((2, 3)), jnp.zeros((2, 3), bool), 0.5)
+    found = jit_first_error(np.zeros((2, 3)), np.zeros((2, 3), bool), 0.5)
     assert found.tolist() == [-1, -1]
 
 
 def test_threshold_zero_marks_nothing_and_above_one_marks_the_first_step():
-    scores = jnp.array([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
-    mask = jnp.ones((2, 3), bool)
-    assert first_error_step(scores, mask, 0.0).tolist() == [-1, -1]
-    assert first_error_step(scores, mask, 1.5).tolist() == [0, 0]
+    scores = np.array([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    mask = np.ones((2, 3), bool)
+    assert jit_first_error(scores, mask, 0.0).tolist() == [-1, -1]
+    assert jit_first_error(scores, mask, 1.5).tolist() == [0, 0]
 
 
 def test_first_error_agrees_with_a_slow_twin_eager_and_jitted():
-    jitted = jax.jit(first_error_step)
     for seed, tau in itertools.product(SEEDS, (0.0, 0.25, 0.5, 0.8)):
         rows = random_rows(seed)
         want = [
             slow_first_error(*row, tau) for row in zip(rows["scores"], rows["mask"], strict=True)
         ]
-        device = to_device(rows)
+        device = jax.device_put(rows)
         assert first_error_step(device["scores"], device["mask"], tau).tolist() == want
-        assert jitted(device["scores"], device["mask"], tau).tolist() == want
+        assert jit_first_error(device["scores"], device["mask"], tau).tolist() == want
 
 
 def test_one_trace_serves_every_threshold():
     chex.clear_trace_counter()
     jitted = jax.jit(chex.assert_max_traces(first_error_step, n=1))
     for tau in (0.1, 0.5, 0.9):
-        jitted(jnp.full((1, 2), 0.3), jnp.ones((1, 2), bool), tau)
+        jitted(np.full((1, 2), 0.3), np.ones((1, 2), bool), tau)
 
 
 def test_shapes_that_differ_are_an_error():
     with pytest.raises(AssertionError):
-        first_error_step(jnp.zeros((2, 3)), jnp.ones((2, 4), bool), 0.5)
+        first_error_step(np.zeros((2, 3)), np.ones((2, 4), bool), 0.5)
 
 
 # --- Prefix length --------------------------------------------------------------------------------
 
 
 def test_prefix_ends_where_the_step_before_the_error_ends():
-    ends = jnp.tile(jnp.array([[3, 7, 12, 0]], jnp.int32), (5, 1))
-    mask = jnp.tile(jnp.array([[True, True, True, False]]), (5, 1))
-    length = prefix_length(jnp.array([0, 1, 2, -1, 3], jnp.int32), ends, mask)
+    ends = np.tile(np.array([[3, 7, 12, 0]], np.int32), (5, 1))
+    mask = np.tile(np.array([[True, True, True, False]]), (5, 1))
+    length = jit_prefix_length(np.array([0, 1, 2, -1, 3], np.int32), ends, mask)
     assert length.tolist() == [0, 3, 7, 12, 12]
-    assert length.dtype == jnp.int32
+    assert length.dtype == np.int32
 
 
 def test_padded_step_ends_are_not_read():
-    ends = jnp.array([[3, 7, 99]], jnp.int32)
-    mask = jnp.array([[True, True, False]])
-    assert prefix_length(jnp.array([-1], jnp.int32), ends, mask).tolist() == [7]
+    ends = np.array([[3, 7, 99]], np.int32)
+    mask = np.array([[True, True, False]])
+    assert jit_prefix_length(np.array([-1], np.int32), ends, mask).tolist() == [7]
 
 
 def test_row_without_steps_keeps_nothing():
-    ends = jnp.array([[5, 9]], jnp.int32)
-    mask = jnp.zeros((1, 2), bool)
-    assert prefix_length(jnp.array([-1], jnp.int32), ends, mask).tolist() == [0]
+    ends = np.array([[5, 9]], np.int32)
+    mask = np.zeros((1, 2), bool)
+    assert jit_prefix_length(np.array([-1], np.int32), ends, mask).tolist() == [0]
 
 
 def test_prefix_length_agrees_with_a_slow_twin_eager_and_jitted():
-    jitted = jax.jit(prefix_length)
     for seed in SEEDS:
         rows = random_rows(seed)
         steps = rows["mask"].sum(1)
         first = np.random.default_rng(seed).integers(-1, np.maximum(steps, 0)).astype(np.int32)
         want = [slow_prefix_length(*r) for r in zip(first, rows["ends"], rows["mask"], strict=True)]
         assert prefix_length(first, rows["ends"], rows["mask"]).tolist() == want
-        assert jitted(first, rows["ends"], rows["mask"]).tolist() == want
+        assert jit_prefix_length(first, rows["ends"], rows["mask"]).tolist() == want
 
 
 # --- Locators -------------------------------------------------------------------------------------
 
 # Four verdicts that a locator can meet: an error at step 2, none, an error at once, not scored.
-SCORES = jnp.array([[0.9, 0.8, 0.1, 0.2], [0.9, 0.6, 0.7, 0.8], [0.2, 0.9, 0.9, 0.9], [0.0] * 4])
-MASK = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+SCORES = np.array([[0.9, 0.8, 0.1, 0.2], [0.9, 0.6, 0.7, 0.8], [0.2, 0.9, 0.9, 0.9], [0.0] * 4])
+MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
 
 
 @pytest.mark.parametrize("locator", ["prm", "oracle"])
 def test_prm_and_oracle_find_the_first_low_step(locator):
-    assert locate(SCORES, MASK, jax.random.key(0), locator=locator).tolist() == [2, -1, 0, -1]
+    assert jit_locate(SCORES, MASK, jax.random.key(0), locator=locator).tolist() == [2, -1, 0, -1]
 
 
 def test_tau_moves_the_mark():
-    found = locate(SCORES, MASK, jax.random.key(0), tau=0.85)
+    found = jit_locate(SCORES, MASK, jax.random.key(0), tau=0.85)
     assert found.tolist() == [1, 1, 0, -1]
 
 
 @pytest.mark.parametrize("locator", ["prm", "oracle"])
 def test_tau_zero_never_marks(locator):
-    scores = jnp.concatenate([SCORES, jnp.zeros((1, 4))])
-    mask = jnp.concatenate([MASK, jnp.ones((1, 4), bool)])
-    found = locate(scores, mask, jax.random.key(0), locator=locator, tau=0.0)
-    assert found.tolist() == [-1] * 5
+    for scores in (SCORES, np.zeros((4, 4))):
+        found = jit_locate(scores, MASK, jax.random.key(0), locator=locator, tau=0.0)
+        assert found.tolist() == [-1] * 4
 
 
 def test_no_error_falls_back_to_the_lowest_step_only_if_asked():
-    found = locate(SCORES, MASK, jax.random.key(0), on_no_error="argmin")
+    found = jit_locate(SCORES, MASK, jax.random.key(0), on_no_error="argmin")
     assert found.tolist() == [2, 1, 0, -1]  # step 1 scores 0.6, the lowest of row 1's real steps
-    assert locate(SCORES, MASK, jax.random.key(0), on_no_error="skip")[1] == -1
+    assert jit_locate(SCORES, MASK, jax.random.key(0), on_no_error="skip")[1] == -1
 
 
 def test_argmin_ignores_padded_steps_and_takes_the_first_of_equals():
-    scores, mask = jnp.array([[0.9, 0.7, 0.7, 0.0]]), jnp.array([[True, True, True, False]])
-    found = locate(scores, mask, jax.random.key(0), on_no_error="argmin")
-    assert found.tolist() == [1]
+    scores = np.array([[0.9, 0.9, 0.7, 0.7], [0.9, 0.7, 0.7, 0.0], [0.9] * 4, [0.9] * 4])
+    found = jit_locate(scores, MASK, jax.random.key(0), on_no_error="argmin")
+    assert found.tolist() == [2, 1, 0, -1]
 
 
 def test_zero_cuts_every_scored_row_at_its_start():
-    found = locate(SCORES, MASK, jax.random.key(0), locator="zero", tau=0.0)
+    found = jit_locate(SCORES, MASK, jax.random.key(0), locator="zero", tau=0.0)
     assert found.tolist() == [0, 0, 0, -1]
 
 
 @pytest.mark.parametrize("locator", ["prm", "oracle", "random", "random_correct", "zero"])
-@pytest.mark.parametrize("on_no_error", ["skip", "argmin"])
-def test_unscored_rows_are_never_marked(locator, on_no_error):
-    key, empty = jax.random.key(0), jnp.zeros((6, 4), bool)
-    found = locate(jnp.zeros((6, 4)), empty, key, locator=locator, on_no_error=on_no_error)
-    assert found.tolist() == [-1] * 6
-    assert found.dtype == jnp.int32
+def test_unscored_rows_are_never_marked(locator):
+    key, empty = jax.random.key(0), np.zeros((4, 4), bool)
+    found = jit_locate(np.zeros((4, 4)), empty, key, locator=locator, on_no_error="argmin")
+    assert found.tolist() == [-1] * 4
+    assert found.dtype == np.int32
 
 
-def repeat_row(row, times):
-    return jnp.tile(jnp.asarray(row)[None], (times, 1))
+DRAWS = 2000
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+def draw_steps(scores, steps, seed, **options):
+    """Locates in `DRAWS` copies of a row of six steps, the first `steps` of them real."""
+    scores = np.tile(np.array(scores, np.float32), (DRAWS, 1))
+    mask = np.tile(np.arange(6) < steps, (DRAWS, 1))
+    return np.asarray(jit_locate(scores, mask, jax.random.key(seed), **options))
+
+
+def assert_uniform(found, values):
+    counts = [(found == value).sum() for value in values]
+    share = DRAWS / len(values)
+    assert sum(counts) == DRAWS
+    assert np.abs(np.array(counts) - share).max() < 5 * share**0.5  # five standard deviations
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
 def test_random_is_uniform_over_the_steps_after_the_first(steps):
-    draws, scores = 2000, [1.0, 0.0, 1.0, 1.0, 1.0, 0.0]  # it does not read the scores
-    mask = np.arange(6) < steps
-    scores, mask = repeat_row(scores, draws), repeat_row(mask, draws)
-    found = np.asarray(locate(scores, mask, jax.random.key(1), locator="random"))
-    if steps == 1:  # nothing lies behind the first step
-        assert set(found) == {-1}
-        return
-    counts = np.bincount(found, minlength=steps)
-    assert set(found) == set(range(1, steps))
-    assert np.abs(counts[1:] - draws / (steps - 1)).max() < 5 * (draws / (steps - 1)) ** 0.5
+    scores = [1.0, 0.0, 1.0, 1.0, 1.0, 0.0]  # it does not read them
+    assert_uniform(draw_steps(scores, steps, 1, locator="random"), range(1, steps))
 
 
-@pytest.mark.parametrize("first", [0, 1, 3])
+def test_random_has_nothing_to_draw_in_a_row_of_one_step():
+    assert set(draw_steps([0.0] * 6, 1, 1, locator="random")) == {-1}
+
+
+@pytest.mark.parametrize("first", [1, 3, 5])
 def test_random_correct_is_uniform_from_step_one_to_the_first_error(first):
-    draws, scores = 2000, [1.0] * first + [0.0] * (6 - first)
-    scores, mask = repeat_row(scores, draws), jnp.ones((draws, 6), bool)
-    found = np.asarray(locate(scores, mask, jax.random.key(2), locator="random_correct"))
-    if first == 0:  # no step before the error is right
-        assert set(found) == {-1}
-        return
-    counts = np.bincount(found, minlength=first + 1)
-    assert set(found) == set(range(1, first + 1))
-    assert np.abs(counts[1:] - draws / first).max() < 5 * (draws / first) ** 0.5
+    scores = [1.0] * first + [0.0] * (6 - first)
+    assert_uniform(draw_steps(scores, 6, 2, locator="random_correct"), range(1, first + 1))
 
 
-def test_random_correct_without_an_error_is_none_or_counts_to_the_lowest_step():
-    draws = 200
-    scores, mask = repeat_row([0.9, 0.8, 0.6, 0.7], draws), jnp.ones((draws, 4), bool)
-    found = locate(scores, mask, jax.random.key(3), locator="random_correct")
-    assert set(found.tolist()) == {-1}
-    found = locate(scores, mask, jax.random.key(3), locator="random_correct", on_no_error="argmin")
-    assert set(found.tolist()) == {1, 2}
+def test_random_correct_has_nothing_to_draw_where_the_first_step_is_wrong_or_none_is():
+    assert set(draw_steps([0.0] * 6, 6, 2, locator="random_correct")) == {-1}
+    assert set(draw_steps([1.0] * 6, 6, 2, locator="random_correct")) == {-1}
+
+
+def test_random_correct_counts_to_the_lowest_step_with_argmin():
+    scores = [0.9, 0.8, 0.6, 0.7, 0.7, 0.0]
+    found = draw_steps(scores, 5, 3, locator="random_correct", on_no_error="argmin")
+    assert_uniform(found, range(1, 2 + 1))
 
 
 def test_random_locators_follow_their_key():
-    draw = functools.partial(locate, repeat_row([1.0] * 6, 50), jnp.ones((50, 6), bool))
-    first = draw(jax.random.key(0), locator="random").tolist()
-    assert draw(jax.random.key(0), locator="random").tolist() == first
-    assert draw(jax.random.key(1), locator="random").tolist() != first
+    draws = [draw_steps([1.0] * 6, 6, seed, locator="random").tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
 
 
 def test_locate_agrees_with_a_slow_twin():
     for seed in SEEDS:
         rows = random_rows(seed)
-        device = to_device(rows)
+        device = jax.device_put(rows)
         for tau, on_no_error in itertools.product((0.0, 0.5, 0.75), ("skip", "argmin")):
             want = []
             for scores, mask in zip(rows["scores"], rows["mask"], strict=True):
@@ -303,10 +306,11 @@ def test_locate_agrees_with_a_slow_twin():
 
 @pytest.mark.parametrize("locator", ["prm", "random", "random_correct", "zero"])
 def test_locate_is_the_same_eager_and_jitted(locator):
-    jitted = jax.jit(locate, static_argnames=("locator", "tau"))
-    device = to_device(random_rows(0))
+    device = jax.device_put(random_rows(0))
     eager = locate(device["scores"], device["mask"], jax.random.key(5), locator=locator, tau=0.75)
-    again = jitted(device["scores"], device["mask"], jax.random.key(5), locator=locator, tau=0.75)
+    again = jit_locate(
+        device["scores"], device["mask"], jax.random.key(5), locator=locator, tau=0.75
+    )
     assert eager.tolist() == again.tolist()
 
 
@@ -323,11 +327,11 @@ def test_unknown_locator_or_fallback_is_an_error_that_names_the_choices():
 def candidates_of(rewards, first_error, *, steps=4, finished=None, scores=None, **options):
     """`select_candidates` of rows that all have `steps` right steps, unless told otherwise."""
     rows = len(rewards)
-    scores = jnp.ones((rows, steps)) if scores is None else jnp.asarray(scores, jnp.float32)
-    finished = jnp.ones(rows, bool) if finished is None else jnp.asarray(finished)
-    return select_candidates(
-        jnp.asarray(rewards, jnp.float32), finished, jnp.asarray(first_error, jnp.int32), scores,
-        jnp.ones((rows, steps), bool), group_size=options.pop("group_size", rows), **options,
+    scores = np.ones((rows, steps)) if scores is None else np.asarray(scores, np.float32)
+    finished = np.ones(rows, bool) if finished is None else np.asarray(finished)
+    return jit_select(
+        np.asarray(rewards, np.float32), finished, np.asarray(first_error, np.int32), scores,
+        np.ones((rows, steps), bool), group_size=options.pop("group_size", rows), **options,
     ).tolist()  # fmt: skip
 
 
@@ -366,15 +370,11 @@ def test_trigger_opens_whole_groups():
 
 def test_trigger_counts_exactly_in_groups_of_any_size():
     # As float32 means inside jit, 41 / 41 is 0.99999994 and 5 / 25 is above 0.2.
-    select = jax.jit(
-        select_candidates,
-        static_argnames=("group_size", "select", "trigger", "trigger_accuracy"),
-    )
     for size, right, trigger in ((41, 41, "mixed_only"), (25, 5, "acc_below")):
-        rewards = jnp.asarray(np.arange(size) < right, jnp.float32)
-        selected = select(
-            rewards, jnp.ones(size, bool), jnp.ones(size, jnp.int32), jnp.ones((size, 2)),
-            jnp.ones((size, 2), bool), group_size=size, select="any", trigger=trigger,
+        rewards = np.asarray(np.arange(size) < right, np.float32)
+        selected = jit_select(
+            rewards, np.ones(size, bool), np.ones(size, np.int32), np.ones((size, 2)),
+            np.ones((size, 2), bool), group_size=size, select="any", trigger=trigger,
             trigger_accuracy=0.2,
         )  # fmt: skip
         assert not selected.any()
@@ -396,9 +396,9 @@ def test_solved_at_says_what_is_wrong():
 
 
 def test_unscored_row_is_no_candidate_even_if_its_first_error_says_so():
-    found = select_candidates(
-        jnp.zeros(2), jnp.ones(2, bool), jnp.array([1, 0], jnp.int32), jnp.zeros((2, 3)),
-        jnp.zeros((2, 3), bool), group_size=2, min_prefix_steps=0, select="any",
+    found = jit_select(
+        np.zeros(2), np.ones(2, bool), np.array([1, 0], np.int32), np.zeros((2, 3)),
+        np.zeros((2, 3), bool), group_size=2, min_prefix_steps=0, select="any",
     )  # fmt: skip
     assert found.tolist() == [False, False]
 
@@ -428,9 +428,9 @@ def test_candidates_agree_with_a_slow_twin(options):
     for seed in SEEDS:
         rows = random_rows(seed)
         first = [slow_first_error(*r, 0.5) for r in zip(rows["scores"], rows["mask"], strict=True)]
-        device = to_device(rows)
+        device = jax.device_put(rows)
         found = select_candidates(
-            device["rewards"], device["finished"], jnp.asarray(first, jnp.int32), device["scores"],
+            device["rewards"], device["finished"], np.asarray(first, np.int32), device["scores"],
             device["mask"], group_size=G, **options,
         )  # fmt: skip
         assert found.tolist() == slow_candidates(rows, first, **options)
@@ -447,13 +447,11 @@ def test_unknown_selection_or_trigger_is_an_error():
 
 
 def rank(candidates, first_error, scores, mask=None, **options):
-    scores = jnp.asarray(scores, jnp.float32)
-    mask = jnp.ones(scores.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    first_error = jnp.asarray(first_error, jnp.int32)
-    rows, is_real = rank_candidates(
-        jnp.asarray(candidates, bool), first_error, scores, mask, **options
-    )
-    assert rows.dtype == jnp.int32 and is_real.dtype == bool
+    scores = np.asarray(scores, np.float32)
+    mask = np.ones(scores.shape, bool) if mask is None else np.asarray(mask, bool)
+    first_error = np.asarray(first_error, np.int32)
+    rows, is_real = jit_rank(np.asarray(candidates, bool), first_error, scores, mask, **options)
+    assert rows.dtype == np.int32 and is_real.dtype == bool
     return rows.tolist(), is_real.tolist()
 
 
@@ -499,27 +497,26 @@ def test_more_repairs_than_rows_is_every_row():
 
 def test_limit_takes_the_best_rows_of_each_group():
     arguments = ([1] * 6, [1, 2, 3, 3, 2, 1], [[0.9] * 4] * 6)
-    limit = jnp.array([1, -1], jnp.int32)
+    limit = np.array([1, -1], np.int32)
     rows, is_real = rank(*arguments, group_size=3, n_correct=-1, limit=limit)
     assert rows == [2, 1, 0, 3, 4, 5]
     assert is_real == [True, False, False, False, False, False]
 
 
 def test_ranking_agrees_with_a_slow_twin_eager_and_jitted():
-    jitted = jax.jit(rank_candidates, static_argnames=("group_size", "n_correct"))
-    for seed, n_correct in itertools.product(SEEDS, (-1, 1, 3)):
+    for seed, (n_correct, capped) in itertools.product(range(8), ((-1, False), (3, True))):
         rows = random_rows(seed)
         rng = np.random.default_rng(seed)
         steps = rows["mask"].sum(1)
         first = np.array([rng.integers(0, max(n, 1)) for n in steps], np.int32)
         candidates = (rng.random(B) < 0.7) & (steps > 0)
         limit = rng.integers(-1, G + 1, P).astype(np.int32)
-        device, take = to_device(rows), G if n_correct < 0 else n_correct
-        for rank_fn, capped in itertools.product((rank_candidates, jitted), (False, True)):
+        device, take = jax.device_put(rows), G if n_correct < 0 else n_correct
+        for rank_fn in (rank_candidates, jit_rank):
             found, is_real = jax.device_get(
                 rank_fn(
-                    jnp.asarray(candidates), jnp.asarray(first), device["scores"], device["mask"],
-                    group_size=G, n_correct=n_correct, limit=jnp.asarray(limit) if capped else None,
+                    np.asarray(candidates), np.asarray(first), device["scores"], device["mask"],
+                    group_size=G, n_correct=n_correct, limit=np.asarray(limit) if capped else None,
                 )
             )  # fmt: skip
             assert found.shape == is_real.shape == (P * take,)
@@ -536,10 +533,10 @@ def test_ranking_agrees_with_a_slow_twin_eager_and_jitted():
 
 
 def test_random_replacement_takes_wrong_rows_first_and_each_once():
-    rewards = jnp.array([1, 0, 1, 0, 0, 1, 1, 1], jnp.float32)  # wrong: 1, 3 | 4
+    rewards = np.array([1, 0, 1, 0, 0, 1, 1, 1], np.float32)  # wrong: 1, 3 | 4
     seen = set()
     for seed in range(20):
-        targets = random_wrong_rows(rewards, jax.random.key(seed), group_size=4, count=3).tolist()
+        targets = jit_random_rows(rewards, jax.random.key(seed), group_size=4, count=3).tolist()
         assert set(targets[:2]) == {1, 3} and targets[2] in (0, 2)
         assert targets[3] == 4 and set(targets[4:]) < {5, 6, 7} and len(set(targets[4:])) == 2
         seen.add(tuple(targets[:2]))
@@ -557,7 +554,7 @@ PLAN = {
 
 
 def plan(rows, seed=0, **options):
-    device = to_device(rows)
+    device = jax.device_put(rows)
     columns = [device[name] for name in ("rewards", "finished", "scores", "ends", "mask")]
     keys = (jax.random.key(seed), jax.random.key(seed + 1))
     return jax.device_get(plan_corrections(*columns, keys, **{**PLAN, **options}))

@@ -1,4 +1,4 @@
-"""Tests of the forward and its cache: a plain float64 twin, what a token may see, and what a config may change."""
+"""Tests of the forward and its cache: a float64 twin, what a token sees, what a config changes."""
 
 import dataclasses
 import functools
@@ -10,11 +10,27 @@ import numpy as np
 import pytest
 
 from scope_jax.models.kv_cache import init_cache, positions_from_mask, repeat_rows
-from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare, rms_norm, rotary_angles, rotate
+from scope_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    Weight,
+    declare,
+    rms_norm,
+    rotary_angles,
+    rotate,
+)
 
-# num_heads * head_dim != embed_dim and three query heads a kv head, so that a mixed-up axis changes a shape or a value.
+# num_heads * head_dim is not embed_dim and a kv head has three query heads, so that a mixed-up axis
+# changes a shape or a value.
 CONFIG = TransformerConfig(
-    vocab_size=19, embed_dim=16, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=4, mlp_dim=20, qkv_bias=True
+    vocab_size=19,
+    embed_dim=16,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=20,
+    qkv_bias=True,
 )
 ROWS, LENGTH = 3, 7
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (ROWS, LENGTH)).astype(np.int32)
@@ -54,6 +70,9 @@ def twin_hidden(c, params, tokens):
     """The forward of one row in float64, token by token and head by head."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
+    def project(w, inputs, head):
+        return [x @ w["w"][:, head] + w["b"][head] for x in inputs]
+
     def norm(x, scale):
         return x / np.sqrt(np.mean(x**2) + c.rms_norm_eps) * scale
 
@@ -69,13 +88,12 @@ def twin_hidden(c, params, tokens):
     for n in range(c.num_layers):
         w = jax.tree.map(lambda x, n=n: x[n], params["layers"])
         normed = [norm(x, w["attn_norm"]) for x in rows]
-        project = lambda name, head: [x @ w[name]["w"][:, head] + w[name]["b"][head] for x in normed]  # noqa: B023, E731
         attended = [np.zeros(c.embed_dim) for _ in rows]
         for head in range(c.num_heads):
             kv_head = head // (c.num_heads // c.num_kv_heads)
-            queries = [turn(q, t) for t, q in enumerate(project("q", head))]
-            keys = [turn(k, t) for t, k in enumerate(project("k", kv_head))]
-            values = project("v", kv_head)
+            queries = [turn(q, t) for t, q in enumerate(project(w["q"], normed, head))]
+            keys = [turn(k, t) for t, k in enumerate(project(w["k"], normed, kv_head))]
+            values = project(w["v"], normed, kv_head)
             for t, query in enumerate(queries):
                 weights = np.exp([query @ keys[s] / np.sqrt(c.head_dim) for s in range(t + 1)])
                 mixed = sum(weight * values[s] for s, weight in enumerate(weights / weights.sum()))
@@ -103,7 +121,7 @@ def test_rms_norm_by_hand():
 
 
 def test_rotation_by_hand():
-    # head_dim 4, theta 100: the pairs (0, 2) and (1, 3) turn by position * 1 and position * 100**-0.5
+    # head_dim 4, theta 100: pair (0, 2) turns by position * 1, pair (1, 3) by position * 100**-0.5
     angles = rotary_angles(jnp.array([[0, 3]]), 4, 100.0)
     np.testing.assert_allclose(angles[0, :, 0], [[0, 0], [3 * 1, 3 / 10]], rtol=1e-6)
     x = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0, 0.0]), (1, 2, 1, 4))
@@ -120,7 +138,9 @@ def test_later_token_changes_no_earlier_hidden():
     before = np.asarray(hidden_of(MODEL, PARAMS, TOKENS, POSITIONS))
     after = np.asarray(hidden_of(MODEL, PARAMS, changed, POSITIONS))
     np.testing.assert_array_equal(after[:, :4], before[:, :4])
-    assert (np.abs(after[:, 4:] - before[:, 4:]).max(axis=(0, 2)) > 1e-2).all()  # the later ones all see it
+    assert (
+        np.abs(after[:, 4:] - before[:, 4:]).max(axis=(0, 2)) > 1e-2
+    ).all()  # the later ones all see it
 
 
 def test_left_padding_changes_no_hidden():
@@ -132,7 +152,9 @@ def test_left_padding_changes_no_hidden():
     hidden = hidden_of(MODEL, PARAMS, padded, positions)
     plain = hidden_of(MODEL, PARAMS, TOKENS, POSITIONS)
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(hidden[row, LENGTH - length :], plain[row, :length], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            hidden[row, LENGTH - length :], plain[row, :length], rtol=0, atol=1e-5
+        )
     other_padding = np.where(mask, padded, 3)
     again = hidden_of(MODEL, PARAMS, other_padding, positions)
     np.testing.assert_array_equal(np.asarray(again)[mask], np.asarray(hidden)[mask])
@@ -159,9 +181,12 @@ def test_cached_tokens_one_by_one_equal_the_full_forward():
 
 
 def test_cache_keeps_prefill_and_decode_apart_from_padding():
-    # Row 0 is whole, row 1 has 3 tokens of padding on the left, row 2 has a hole (an ended row's slot) in the middle.
+    # Row 0 is whole, row 1 has 3 tokens of padding on its left, row 2 a hole (an ended row's slot).
     slots = [[0, 1, 2, 3, 4, 5, 6], [-1, -1, -1, 0, 1, 2, 3], [0, 1, 2, 3, -1, 4, 5]]
-    tokens = np.array([[TOKENS[row, p] if p >= 0 else 18 for p in line] for row, line in enumerate(slots)], np.int32)
+    tokens = np.array(
+        [[TOKENS[row, p] if p >= 0 else 18 for p in line] for row, line in enumerate(slots)],
+        np.int32,
+    )
     slots = np.array(slots, np.int32)
     want = np.asarray(hidden_of(MODEL, PARAMS, TOKENS, POSITIONS))
     prefill = jax.jit(lambda p, t, s, c: MODEL(p, t, positions=s, cache=c))
@@ -172,13 +197,17 @@ def test_cache_keeps_prefill_and_decode_apart_from_padding():
         got.append(np.asarray(hidden))
     got = np.stack(got, axis=1)
     for row, column in zip(*np.nonzero(slots >= 0), strict=True):
-        np.testing.assert_allclose(got[row, column], want[row, slots[row, column]], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            got[row, column], want[row, slots[row, column]], rtol=0, atol=1e-5
+        )
     np.testing.assert_array_equal(cache.positions[:, :LENGTH], slots)
 
 
 def test_repeated_cache_is_row_major_by_prompt():
     cache = init_cache(2, 2, 3, 1, 4, jnp.float32)
-    cache = cache.replace(keys=cache.keys.at[:, 1].set(1.0), positions=jnp.array([[0, -1, -1], [5, 6, -1]]))
+    cache = cache.replace(
+        keys=cache.keys.at[:, 1].set(1.0), positions=jnp.array([[0, -1, -1], [5, 6, -1]])
+    )
     repeated = repeat_rows(cache, 3)
     assert repeated.keys.shape == repeated.values.shape == (2, 6, 3, 1, 4)
     assert repeated.keys[1, :, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
@@ -191,7 +220,10 @@ def test_repeated_cache_is_row_major_by_prompt():
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_bias_is_used(name):
-    layers = {**PARAMS["layers"], name: {**PARAMS["layers"][name], "b": jnp.zeros_like(PARAMS["layers"][name]["b"])}}
+    layers = {
+        **PARAMS["layers"],
+        name: {**PARAMS["layers"][name], "b": jnp.zeros_like(PARAMS["layers"][name]["b"])},
+    }
     before = hidden_of(MODEL, PARAMS, TOKENS, POSITIONS)
     after = hidden_of(MODEL, {**PARAMS, "layers": layers}, TOKENS, POSITIONS)
     assert np.abs(after - before).max() > 1e-2
@@ -222,7 +254,9 @@ def test_remat_recomputes_and_gives_the_same_gradients():
     assert "remat" not in str(jax.make_jaxpr(lambda p: loss(p, MODEL))(PARAMS))
     gradient = jax.jit(jax.grad(loss), static_argnames="model")
     want, got = gradient(PARAMS, MODEL), gradient(PARAMS, remat)
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))  # every weight takes part
+    assert all(
+        np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want)
+    )  # every weight takes part
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -244,7 +278,9 @@ def test_initial_params_have_the_declared_shapes_and_dtype():
     is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
     for dtype in (jnp.float32, jnp.bfloat16):
         params = jax.eval_shape(lambda dtype=dtype: MODEL.init(jax.random.key(0), dtype))
-        want = jax.tree.map(lambda w, dtype=dtype: jax.ShapeDtypeStruct(w.shape, dtype), declared, is_leaf=is_weight)
+        want = jax.tree.map(
+            lambda w, dtype=dtype: jax.ShapeDtypeStruct(w.shape, dtype), declared, is_leaf=is_weight
+        )
         assert params == want
     for weight in jax.tree.leaves(declared, is_leaf=is_weight):
         assert len(weight.axes) == len(weight.shape)
@@ -271,7 +307,10 @@ def test_initial_params_have_unit_norms_zero_biases_and_fan_in_scale():
 
 
 def test_equal_models_hash_alike_and_others_do_not_compare_equal():
-    twin, other = Transformer(dataclasses.replace(CONFIG)), Transformer(dataclasses.replace(CONFIG, remat=True))
+    twin, other = (
+        Transformer(dataclasses.replace(CONFIG)),
+        Transformer(dataclasses.replace(CONFIG, remat=True)),
+    )
     assert twin is not MODEL and twin == MODEL and hash(twin) == hash(MODEL)
     assert other != MODEL
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -44,16 +44,9 @@ def load_hf(path_or_hub_id, *, mesh=None, rules=None, dtype=None):
         mis-shaped tensors.
     """
     directory = resolve(path_or_hub_id)
-    hf_config = read_config(directory)
-    tensors = Tensors(directory)
-    stored = tensors.dtype("model.embed_tokens.weight")
-    config = dataclasses.replace(
-        config_from_hf(hf_config, directory), dtype=str(np.dtype(dtype or stored))
-    )
-    params = load_tree(
-        declare(config), tensors, mesh=mesh, rules=rules, dtype=np.dtype(dtype or stored)
-    )
-    return Transformer(config), params
+    config = config_from_hf(read_config(directory), directory)
+    params = load_tree(declare(config), Tensors(directory), mesh=mesh, rules=rules, dtype=dtype)
+    return Transformer(dataclasses.replace(config, dtype=str(params["embed"].dtype))), params
 
 
 def resolve(path_or_hub_id) -> pathlib.Path:
@@ -91,26 +84,30 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """Returns config.json of a checkpoint directory."""
     file = directory / "config.json"
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except FileNotFoundError:
         raise InputError(
             f"{file} is missing: {directory} is not a Hugging Face model directory"
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds no JSON object")
+    return config
 
 
-def config_from_hf(hf: Mapping[str, Any], source="config.json") -> TransformerConfig:
+def config_from_hf(hf: Mapping[str, Any], source: Any = "config.json") -> TransformerConfig:
     """Translates config.json; refuses what this forward does not compute instead of ignoring it."""
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise InputError(
             f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    blocks = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    rope = {**blocks[0], **blocks[1]}
+    scaling = {block.get(k) for block in blocks for k in ("type", "rope_type")} - {None, "default"}
     refused = {
-        f"rope scaling {scaling!r}": scaling != "default",
+        f"rope scaling {', '.join(map(repr, sorted(scaling)))}": bool(scaling),
         "sliding window attention": bool(hf.get("use_sliding_window")),
         f"activation {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(hf.get("mlp_bias")),
@@ -180,15 +177,14 @@ def load_tokenizer(path_or_hub_id):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{directory} holds no tokenizer: {str(error).splitlines()[0]}") from error
-    ends = {tokenizer.eos_token_id}
+    ends = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
         if (directory / name).exists():
             named = json.loads((directory / name).read_text()).get("eos_token_id")
-            ends.update(named if isinstance(named, list) else [named])
-    ends.discard(None)
-    if not ends or tokenizer.eos_token_id is None:
+            ends += named if isinstance(named, list) else [named]
+    if tokenizer.eos_token_id is None:
         raise InputError(f"{directory}: the tokenizer names no end token (eos_token)")
-    return tokenizer, tuple(sorted(ends))
+    return tokenizer, tuple(sorted({int(i) for i in ends if i is not None}))
 
 
 class Tensors:
@@ -200,7 +196,7 @@ class Tensors:
         if index.exists():
             try:
                 shard_names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:  # or not UTF-8
                 raise InputError(f"{index} is damaged: {error!r}") from None
             files = [directory / name for name in shard_names]
         else:
@@ -219,9 +215,6 @@ class Tensors:
                 raise InputError(f"{file} is not a whole safetensors file: {error}") from None
             self._handles.update(dict.fromkeys(handle.keys(), handle))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._handles
-
     def names(self) -> set[str]:
         return set(self._handles)
 
@@ -229,8 +222,6 @@ class Tensors:
         return tuple(self._handles[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        if name not in self:
-            raise InputError(f"{self.directory}: tensor {name} is missing")
         stored = self._handles[name].get_slice(name).get_dtype()
         names = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
         if stored not in names:
@@ -260,7 +251,7 @@ def load_tree(
     *,
     mesh=None,
     rules=None,
-    dtype,
+    dtype=None,
     ignore=("lm_head.weight", "rotary_emb"),
 ):
     """Returns the params of a tree of declarations.
@@ -268,7 +259,7 @@ def load_tree(
     Args:
       declared: tree of `Weight`.
       tensors: the checkpoint.
-      dtype: of the params.
+      dtype: of the params (default: as the embeddings are stored).
       ignore: parts of the names of tensors that may be there unread (a tied head's copy, old rotary
         buffers).
     Raises:
@@ -291,6 +282,7 @@ def load_tree(
         text = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v)
         raise InputError(f"{tensors.directory}: tensors do not fit config.json: {text}")
     places = None if mesh is None else shardings(declared, mesh, rules or TRAINING)
+    dtype = np.dtype(dtype or tensors.dtype("model.embed_tokens.weight"))
 
     def load(weight: Weight, place):
         shape = weight.shape[1:] if weight.stacked else weight.shape

@@ -217,7 +217,7 @@ class Transformer:
         if c.remat:
             layer = jax.checkpoint(layer)
         x = params["embed"][tokens].astype(dtype)
-        carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
+        carry: Any = (x, None, None) if cache is None else (x, cache.keys, cache.values)
         (x, keys, values), _ = jax.lax.scan(
             layer, carry, (params["layers"], jnp.arange(c.num_layers))
         )

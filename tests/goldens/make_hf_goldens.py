@@ -1,4 +1,4 @@
-"""Makes tests/goldens/{llama,qwen2}: tiny random checkpoints by transformers, and what PyTorch computes with them.
+"""Makes tests/goldens/{llama,qwen2}: tiny random checkpoints, and what PyTorch computes with them.
 
     python3.11 -m venv /tmp/torchvenv
     /tmp/torchvenv/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
@@ -31,7 +31,7 @@ SMALL = {
 
 
 def randomise(model, generator):
-    """Draws every parameter anew, norms and biases included: at their initial 1 and 0 they would hide mistakes."""
+    """Draws every parameter anew: norms and biases at their initial 1 and 0 would hide mistakes."""
     import torch
 
     with torch.no_grad():
@@ -48,7 +48,9 @@ def outputs(model, generator) -> dict:
     mask = torch.arange(WIDTH)[None] >= WIDTH - torch.tensor(LENGTHS)[:, None]
     ids = torch.where(mask, ids, 0)
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0)).logits
+        logits = model(
+            ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0)
+        ).logits
         written = model.generate(
             ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=NEW_TOKENS,
             output_logits=True, return_dict_in_generate=True,
@@ -69,8 +71,14 @@ def main():
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     models = {
-        "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-5)),
-        "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-6)),
+        "llama": (
+            LlamaForCausalLM,
+            LlamaConfig(**SMALL, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-5),
+        ),
+        "qwen2": (
+            Qwen2ForCausalLM,
+            Qwen2Config(**SMALL, tie_word_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-6),
+        ),
     }
     for seed, (family, (model_class, config)) in enumerate(models.items()):
         generator = torch.Generator().manual_seed(seed)

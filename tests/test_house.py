@@ -1,0 +1,93 @@
+"""The rules of the house that a reader would otherwise have to check by eye."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "scope_jax"
+
+FLOORS = [
+    ["records", "methods", "configlib"],
+    ["sharding", "steps", "locate", "splicing", "losses", "diversity"],
+    ["models", "models.kv_cache", "models.transformer", "models.hf"],
+    ["data", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling", "rewards", "prm"]
+    + ["teachers", "update", "checkpoint", "metrics"],
+    ["roles", "evaluate", "pretrain"],
+    ["train"],
+]
+# Within a floor: a config's loader reads the methods, tasks read files, the loop's parts share roles.
+SAME_FLOOR = {
+    ("configlib", "methods"), ("configlib", "records"),
+    ("models.transformer", "models.kv_cache"), ("models.hf", "models.transformer"),
+    ("tasks.math_problems", "data"), ("evaluate", "roles"),
+}  # fmt: skip
+
+
+def module_name(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Names of the package's modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scope_jax"):
+            base = node.module.removeprefix("scope_jax").lstrip(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                found.add(name if (PACKAGE / f"{name.replace('.', '/')}.py").exists() else base)
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("scope_jax.") for a in node.names if "scope_jax" in a.name}
+    return found
+
+
+def test_imports_point_down_the_floors():
+    level = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    for path in PACKAGE.rglob("*.py"):
+        name = module_name(path)
+        if name == "__init__":
+            continue
+        assert name in level, f"{path} stands on no floor: add it to DESIGN's table and to FLOORS"
+        for other in imported(path):
+            down = level[other] < level[name] or (name, other) in SAME_FLOOR
+            assert down, f"{name} (floor {level[name]}) imports {other} (floor {level[other]})"
+
+
+def test_only_the_top_knows_ml_collections():
+    allowed = {"configlib", "methods", "roles", "evaluate", "train"}
+    users = {module_name(p) for p in PACKAGE.rglob("*.py") if "ml_collections" in p.read_text()}
+    assert users <= allowed
+
+
+def test_the_loop_fits_a_sitting_and_functions_a_screen():
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 300
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name != "default_config":
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 85, f"{path}: {node.name} has {length} lines"
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    commands = re.findall(r"^\.venv/bin/pytest.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", [n for floor in FLOORS for n in floor if "." not in n])
+def test_the_readmes_table_names_every_module(name):
+    assert f"`{name}" in (ROOT / "README.md").read_text(), f"{name} is missing in the README's table"
+
+
+def test_no_pickle_eval_or_shell():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "os.system"}, f"{path}:{node.lineno}"
+                assert not called.startswith("pickle."), f"{path}:{node.lineno}"
+                shell = [k for k in node.keywords if k.arg == "shell"]
+                assert not shell, f"{path}:{node.lineno}"
