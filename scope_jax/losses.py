@@ -279,7 +279,7 @@ def policy_loss(
     # Double where: the operands are made safe BEFORE exp, else an unread -inf or NaN still poisons
     # the gradient.
     safe_logps = jnp.where(mask, logps, 0.0)
-    log_ratio = safe_logps - jnp.where(reads_old, old_logps, jax.lax.stop_gradient(safe_logps))
+    log_ratio = jnp.where(reads_old, safe_logps - jnp.where(reads_old, old_logps, 0.0), 0.0)
     ratio = jnp.exp(jnp.minimum(log_ratio, 80.0))  # finite: 0 * inf is NaN in the backward pass
     clipped = jnp.clip(
         ratio,

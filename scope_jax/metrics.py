@@ -90,19 +90,19 @@ class Writer:
         self.console = Console(highlight=False, soft_wrap=True)
         self._lines = 0
         self._sums = collections.Counter()
-        file = workdir / "metrics.jsonl"
-        if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= start_step]
-            file.write_text("".join(f"{line}\n" for line in kept))
-        self._metrics = file.open("a")
+        self._file = workdir / "metrics.jsonl"
+        if self._file.exists():
+            lines = self._file.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= start_step]
+            self._file.write_text("".join(f"{line}\n" for line in kept))
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
         (workdir / "rollouts").mkdir(exist_ok=True)
 
     def write(self, step: int, metrics: dict) -> None:
         """Appends one row of scalars; a value that is not finite is written as null."""
         row = {key: _finite(value) for key, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **row}) + "\n")
-        self._metrics.flush()
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
         for key, value in row.items():
             if value is not None:
                 self._tensorboard.add_scalar(key, value, step)
@@ -161,21 +161,18 @@ class Writer:
             name = key.removeprefix("eval/").replace("@k", f"@{after['eval/k']:.0f}")
             table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{change:+.3f}")
         self.console.print(table)
-        sums, facts = self._sums, Table(show_header=False, box=None)
-        made = sums["corrections/made"]
+        sums, made = self._sums, self._sums["corrections/made"]
         share = f" ({sums['corrections/accepted'] / made:.0%})" if made else ""
-        facts.add_row(
-            "repairs accepted / made", f"{sums['corrections/accepted']:.0f} / {made:.0f}{share}"
-        )
-        facts.add_row(
-            "tokens by policy / teacher",
-            f"{sums['policy_tokens']:,.0f} / {sums['teacher_tokens']:,.0f}",
-        )
-        facts.add_row("seconds per step", f"{sums['seconds/step'] / max(sums['steps'], 1):.2f}")
-        facts.add_row("recompilations after warm-up", str(recompiles))
-        facts.add_row("workdir", str(self.workdir))
-        self.console.print(facts)
-        self._metrics.close()
+        for name, value in {
+            "repairs accepted / made": f"{sums['corrections/accepted']:.0f} / {made:.0f}{share}",
+            "tokens by policy / teacher": (
+                f"{sums['policy_tokens']:,.0f} / {sums['teacher_tokens']:,.0f}"
+            ),
+            "seconds per step": f"{sums['seconds/step'] / max(sums['steps'], 1):.2f}",
+            "recompilations after warm-up": str(recompiles),
+            "workdir": str(self.workdir),
+        }.items():
+            self.say(f" {name:30}{value}")
         self._tensorboard.close()
 
 

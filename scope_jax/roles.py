@@ -46,7 +46,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         model, config=dataclasses.replace(model.config, remat=config.model.remat)
     )
     tokenizer, eos_ids = load_tokenizer(config.model.path)
-    check_sizes(config)
+    check_sizes(config, mesh)
     longest = config.data.max_prompt_length + max(
         config.sample.max_new_tokens, config.eval.max_new_tokens
     )
@@ -89,18 +89,23 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     return policy, params
 
 
-def check_sizes(config: ConfigDict) -> None:
-    """Raises InputError where a step's rollouts do not divide into mini- and micro-batches."""
+def check_sizes(config: ConfigDict, mesh) -> None:
+    """Raises InputError where a step's batches do not divide into parts and over the mesh."""
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
-    rows, parts = (
-        config.data.prompts_per_step * slots,
-        config.learn.mini_batches * config.learn.micro_batches,
-    )
-    if rows % parts:
+    rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.learn.mini_batches * config.learn.micro_batches
+    over_mesh = f"the {shards} batch shards of the mesh {dict(mesh.shape)}"
+    for name, size in {
+        "data.prompts_per_step": config.data.prompts_per_step,
+        "eval.batch_size": config.eval.batch_size,
+    }.items():
+        if size % shards:
+            raise InputError(f"{name}={size} does not divide over {over_mesh}")
+    if rows % (parts * shards):
         raise InputError(
             f"{rows} rollouts a step (data.prompts_per_step x slots of a group) do not divide into "
-            f"learn.mini_batches x learn.micro_batches = {parts} parts"
+            f"learn.mini_batches x learn.micro_batches = {parts} parts over {over_mesh}"
         )
 
 

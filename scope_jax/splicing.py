@@ -81,7 +81,7 @@ def splice_values(values, mask, prefix_length, continuation_values, continuation
     )
     chex.assert_equal_shape([values, mask])
     chex.assert_equal_shape([continuation_values, continuation_mask])
-    length = values.shape[1]
+    values, length = jnp.asarray(values), values.shape[1]  # numpy's int64 becomes JAX's int32
     kept = mask & (jnp.arange(length)[None, :] < prefix_length[:, None])
     joined = jnp.concatenate(
         [values, continuation_values.astype(values.dtype)], axis=1

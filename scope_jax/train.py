@@ -277,7 +277,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             checkpoint.save(checkpoints, step, state, data.get_state())
         if last or (config.eval.every and step % config.eval.every == 0):
             after = writer.evaluation(step, evaluate_policy(policy, state.params, config))
-    checkpoints.wait_until_finished()
+    checkpoints.close()  # waits for the last save
     writer.finish(before, after, recompiles)
     return after
 

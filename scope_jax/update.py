@@ -227,8 +227,8 @@ def _train_step(
     params = optax.apply_updates(state.params, updates)
     norms = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "update_norm": optax.global_norm(updates),
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
     }
     return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
 

@@ -40,7 +40,9 @@ def imported(path: pathlib.Path) -> set[str]:
                 name = f"{base}.{alias.name}".lstrip(".")
                 found.add(name if (PACKAGE / f"{name.replace('.', '/')}.py").exists() else base)
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("scope_jax.") for a in node.names if "scope_jax" in a.name}
+            found |= {
+                a.name.removeprefix("scope_jax.") for a in node.names if "scope_jax" in a.name
+            }
     return found
 
 
@@ -79,7 +81,9 @@ def test_ci_runs_exactly_the_readmes_test_command():
 
 @pytest.mark.parametrize("name", [n for floor in FLOORS for n in floor if "." not in n])
 def test_the_readmes_table_names_every_module(name):
-    assert f"`{name}" in (ROOT / "README.md").read_text(), f"{name} is missing in the README's table"
+    assert f"`{name}" in (ROOT / "README.md").read_text(), (
+        f"{name} is missing in the README's table"
+    )
 
 
 def test_no_pickle_eval_or_shell():

@@ -76,7 +76,10 @@ def test_a_wrong_finished_solution_always_has_a_wrong_step():
 
 
 def test_sheets_are_functions_of_seed_split_and_index():
-    first, again = worksheet.problems("train", n=5, seed=3), worksheet.problems("train", n=5, seed=3)
+    first, again = (
+        worksheet.problems("train", n=5, seed=3),
+        worksheet.problems("train", n=5, seed=3),
+    )
     assert [first[i] for i in range(5)] == [again[i] for i in range(5)]
     others = [worksheet.problems("test", n=5, seed=3), worksheet.problems("train", n=5, seed=4)]
     assert all(first[0]["problem"] != other[0]["problem"] for other in others)

@@ -1,0 +1,747 @@
+"""Tests of advantages, token log-probs and the policy loss: arithmetic, float64 twins, extreme values."""
+
+import functools
+import itertools
+import math
+import statistics
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scope_jax.losses import (
+    LOSS_AGGREGATIONS,
+    OFF_POLICY,
+    aggregate,
+    assign_credit,
+    group_advantages,
+    kl_penalty,
+    loss_denominator,
+    policy_loss,
+    shape_off_policy,
+    token_advantages,
+    token_logps,
+)
+from scope_jax.records import PAD, POLICY, TEACHER, InputError
+
+SEEDS = range(6)
+B, T, L_MAX = 6, 5, 7
+SUM_NORM, SEQ_MEAN, TOKEN_MEAN = LOSS_AGGREGATIONS
+
+LOSS_STATIC = ("clip_low", "clip_high", "off_policy", "gamma", "loss_agg", "max_length")
+jit_loss = jax.jit(policy_loss, static_argnames=LOSS_STATIC)
+value_and_grad = jax.jit(jax.value_and_grad(policy_loss, has_aux=True), static_argnames=LOSS_STATIC)
+jit_advantages = jax.jit(group_advantages, static_argnames=("group_size", "scale", "baseline"))
+
+
+def random_batch(seed, teacher=True):
+    """Rows of 0 .. T tokens of mixed origin (one without any), ratios inside and outside the clip."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, B)
+    lengths[seed % B] = 0
+    source = rng.integers(POLICY, (TEACHER if teacher else POLICY) + 1, (B, T))
+    source = np.where(np.arange(T)[None, :] < lengths[:, None], source, PAD).astype(np.int8)
+    logps = -rng.exponential(1.0, (B, T)).astype(np.float32)
+    old_logps = (logps + rng.normal(0, 0.4, (B, T))).astype(np.float32)
+    advantages = rng.choice([-1.5, -0.125, 0.0, 0.875], (B, T)).astype(np.float32)
+    return logps, old_logps, advantages, source
+
+
+def slow_policy_loss(
+    logps, old_logps, advantages, token_source, *, clip_low=0.2, clip_high=0.2,
+    off_policy="shaped", gamma=0.1, loss_agg=SUM_NORM, max_length=None,
+):  # fmt: skip
+    """The loss and its gradient on logps, one token at a time in float64 (and the calculus by hand)."""
+    tokens = [(i, t) for i in range(B) for t in range(T) if token_source[i, t] != PAD]
+    counts = {i: sum(row == i for row, _ in tokens) for i, _ in tokens}
+    total, grad = 0.0, np.zeros((B, T))
+    for i, t in tokens:
+        a, logp = float(advantages[i, t]), float(logps[i, t])
+        p = math.exp(logp)
+        if token_source[i, t] == TEACHER and off_policy == "shaped":
+            term, slope = -p / (p + gamma) * a, -gamma * p / (p + gamma) ** 2 * a
+        elif token_source[i, t] == TEACHER and off_policy == "linear":
+            term, slope = -p * a, -p * a
+        elif token_source[i, t] == TEACHER and off_policy == "sft":
+            term, slope = -logp, -1.0
+        elif token_source[i, t] == TEACHER:
+            ratio = math.exp(logp - float(old_logps[i, t]))
+            term, slope = -min(ratio, 2.0) * a, -ratio * a if ratio < 2 else 0.0
+        else:
+            ratio = math.exp(logp - float(old_logps[i, t]))
+            low = -math.inf if clip_low is None else 1 - clip_low
+            high = math.inf if clip_high is None else 1 + clip_high
+            clipped = min(max(ratio, low), high)
+            term = -min(ratio * a, clipped * a)
+            slope = -ratio * a if ratio * a <= clipped * a else 0.0
+        weight = {
+            SUM_NORM: 1 / (len(counts) * (max_length or T)),
+            SEQ_MEAN: 1 / (len(counts) * counts[i]),
+            TOKEN_MEAN: 1 / len(tokens),
+        }[loss_agg]
+        total, grad[i, t] = total + weight * term, weight * slope
+    return total, grad
+
+
+# --- Advantages -------------------------------------------------------------------------------
+
+
+def test_one_repaired_row_of_an_all_wrong_group_of_eight():
+    advantages = jit_advantages(np.eye(8)[2], 8)
+    np.testing.assert_allclose(advantages[2], 1 - 1 / 8, rtol=0, atol=1e-7)  # +0.875
+    np.testing.assert_allclose(np.delete(advantages, 2), [-1 / 8] * 7, rtol=0, atol=1e-7)
+    assert advantages.dtype == np.float32
+
+
+def test_appended_repair_counts_in_the_mean_and_an_empty_slot_does_not():
+    # Groups of 8 + 1 slots: a repair appended; no repair; no repair and four right rows.
+    rewards = np.array([[0.0] * 8 + [1.0], [0.0] * 8 + [1.0], [1.0] * 4 + [0.0] * 4 + [1.0]])
+    mask = np.array([[True] * 9, [True] * 8 + [False], [True] * 8 + [False]])
+    advantages = jit_advantages(rewards.reshape(-1), 9, row_mask=mask.reshape(-1)).reshape(3, 9)
+    np.testing.assert_allclose(advantages[0], [-1 / 9] * 8 + [8 / 9], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(advantages[1], [0.0] * 9, rtol=0, atol=0)
+    np.testing.assert_allclose(
+        advantages[2], [1 - 4 / 8] * 4 + [-4 / 8] * 4 + [0.0], rtol=0, atol=1e-7
+    )
+
+
+def test_std_divides_by_the_sample_deviation():
+    deviation = (((1 - 1 / 4) ** 2 + 3 * (1 / 4) ** 2) / (4 - 1)) ** 0.5
+    advantages = jit_advantages(np.array([0.0, 1.0, 0.0, 0.0]), 4, scale="std")
+    want = np.array([-1 / 4, 3 / 4, -1 / 4, -1 / 4]) / (deviation + 1e-6)
+    np.testing.assert_allclose(advantages, want, rtol=1e-6)
+
+
+def test_std_of_equal_rewards_gives_zero_not_nan():
+    advantages = jit_advantages(np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), 4, scale="std")
+    assert advantages.tolist() == [0.0] * 8
+
+
+def test_on_policy_baseline_is_the_mean_of_the_policys_own_rows():
+    rewards = np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
+    own = np.array(
+        [True, True, True, False] + [False] * 4
+    )  # the second group falls back to its mean
+    advantages = jit_advantages(rewards, 4, baseline="on_policy", on_policy=own)
+    first, second = (0 + 1 + 0) / 3, (0 + 0 + 0 + 1) / 4
+    want = [-first, 1 - first, -first, 1 - first, -second, -second, -second, 1 - second]
+    np.testing.assert_allclose(advantages, want, rtol=0, atol=1e-7)
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    advantages = jit_advantages(np.array([1.0, 0.0, 0.0, 0.5]), 4, baseline="leave_one_out")
+    want = [1 - 0.5 / 3, 0 - 1.5 / 3, 0 - 1.5 / 3, 0.5 - 1 / 3]
+    np.testing.assert_allclose(advantages, want, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("baseline", ["group", "on_policy", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["none", "std"])
+def test_group_of_one_gets_zero(baseline, scale):
+    options = {"baseline": baseline, "scale": scale, "on_policy": np.array([True, False])}
+    assert jit_advantages(np.array([1.0, 0.0]), 1, **options).tolist() == [0.0, 0.0]
+    mask = np.array([True, False])  # one row and an empty slot
+    assert jit_advantages(np.array([1.0, 0.0]), 2, row_mask=mask, **options).tolist() == [0.0, 0.0]
+
+
+def test_what_stands_in_an_empty_slot_does_not_matter():
+    mask = np.array([True, True, False, True])
+    rewards = np.array([[1.0, 0.0, reward, 0.0] for reward in (0.0, 1e30, np.nan, -np.inf)])
+    found = [jit_advantages(row, 4, row_mask=mask, scale="std").tolist() for row in rewards]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert np.isfinite(found[0]).all() and found[0][2] == 0.0
+
+
+def slow_advantages(rewards, group_size, scale, baseline, on_policy, row_mask):
+    out = []
+    for start in range(0, len(rewards), group_size):
+        rows = range(start, start + group_size)
+        real = [i for i in rows if row_mask[i]]
+        for i in rows:
+            if not row_mask[i] or len(real) < 2:
+                out.append(0.0)
+                continue
+            base = {
+                "group": real,
+                "on_policy": [j for j in real if on_policy[j]] or real,
+                "leave_one_out": [j for j in real if j != i],
+            }[baseline]
+            advantage = float(rewards[i]) - statistics.fmean(float(rewards[j]) for j in base)
+            if scale == "std":
+                advantage /= statistics.stdev(float(rewards[j]) for j in real) + 1e-6
+            out.append(advantage)
+    return out
+
+
+@pytest.mark.parametrize("scale", ["none", "std"])
+@pytest.mark.parametrize("baseline", ["group", "on_policy", "leave_one_out"])
+def test_advantages_agree_with_a_slow_twin_eager_and_jitted(baseline, scale):
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        rewards = rng.choice([0.0, 0.25, 1.0], 20).astype(np.float32)
+        options = {
+            "scale": scale, "baseline": baseline, "on_policy": rng.random(20) < 0.5,
+            "row_mask": rng.random(20) < 0.7,
+        }  # fmt: skip
+        want = slow_advantages(rewards, 5, **options)
+        for advantages_fn in (group_advantages, jit_advantages):
+            found = advantages_fn(jnp.asarray(rewards), 5, **options)
+            np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_that_do_not_divide_and_unknown_options_are_errors():
+    with pytest.raises(InputError, match="7 rewards do not divide into groups of 4"):
+        group_advantages(np.zeros(7), 4)
+    with pytest.raises(InputError, match="baseline must be .* got 'median'"):
+        group_advantages(np.zeros(4), 4, baseline="median")
+    with pytest.raises(InputError, match="scale must be .* got 'range'"):
+        group_advantages(np.zeros(4), 4, scale="range")
+    with pytest.raises(InputError, match="needs on_policy"):
+        group_advantages(np.zeros(4), 4, baseline="on_policy")
+
+
+# --- Credit -----------------------------------------------------------------------------------
+
+# A repaired row (prefix of two, correction of two), a plain one, a whole trace, an empty row.
+SOURCE = np.array([[1, 1, 2, 2], [1, 1, 1, 0], [2, 2, 0, 0], [0, 0, 0, 0]], np.int8)
+ROW_ADVANTAGES = np.array([-2.0, -1.0, 3.0, 5.0], np.float32)
+
+
+def test_token_advantages_repeat_the_rows_by_default():
+    spread = token_advantages(ROW_ADVANTAGES, SOURCE)
+    np.testing.assert_array_equal(spread, np.tile(ROW_ADVANTAGES[:, None], (1, 4)))
+    assert spread.dtype == np.float32
+
+
+def test_token_advantages_weigh_prefix_and_correction_of_repaired_rows_only():
+    spread = np.asarray(token_advantages(ROW_ADVANTAGES, SOURCE, w_prefix=0.5, w_correction=0.25))
+    assert spread[0].tolist() == [-2 * 0.5, -2 * 0.5, -2 * 0.25, -2 * 0.25]
+    assert spread[1, :3].tolist() == [-1.0] * 3  # not repaired: its own tokens keep their weight
+    assert spread[2, :2].tolist() == [3 * 0.25] * 2
+
+
+def test_salvage_never_punishes_a_kept_prefix():
+    spread = np.asarray(token_advantages(ROW_ADVANTAGES, SOURCE, salvage_only=True))
+    assert spread[0].tolist() == [0.0, 0.0, -2.0, -2.0]
+    assert spread[1, :3].tolist() == [-1.0] * 3
+    kept = np.asarray(token_advantages(-ROW_ADVANTAGES, SOURCE, salvage_only=True))
+    assert kept[0].tolist() == [2.0] * 4
+
+
+CREDIT = {"group_size": 4, "scale": "none", "baseline": "group"}
+
+
+def test_credit_is_group_advantage_spread_over_tokens():
+    rewards, every = np.array([1.0, 0.0, 1.0, 0.0]), np.ones(4, bool)
+    per_token, source, by_row = assign_credit(rewards, SOURCE, every, **CREDIT)
+    assert by_row.tolist() == [0.5, -0.5, 0.5, -0.5]
+    np.testing.assert_array_equal(per_token, np.tile(by_row[:, None], (1, 4)))
+    np.testing.assert_array_equal(source, SOURCE)
+    assert source.dtype == np.int8
+
+
+def test_credit_of_an_empty_slot_is_zero_and_its_tokens_are_in_no_loss():
+    rewards, mask = np.array([1.0, 0.0, 0.0, 1.0]), np.array([True, True, False, True])
+    per_token, source, by_row = assign_credit(rewards, SOURCE, mask, **CREDIT)
+    np.testing.assert_allclose(by_row, [1 - 2 / 3, -2 / 3, 0.0, 1 - 2 / 3], rtol=0, atol=1e-7)
+    assert (np.asarray(source)[2] == PAD).all() and (np.asarray(per_token)[2] == 0).all()
+
+
+def test_repaired_rows_are_not_on_policy():
+    rewards, every = np.array([1.0, 0.0, 1.0, 0.5]), np.ones(4, bool)
+    _, _, by_row = assign_credit(rewards, SOURCE, every, **CREDIT | {"baseline": "on_policy"})
+    own = (0.0 + 0.5) / 2  # rows 1 and 3: no token of a teacher
+    np.testing.assert_allclose(by_row, rewards - own, rtol=0, atol=1e-7)
+
+
+def test_prefix_out_of_the_loss_leaves_sums_and_denominators():
+    every = np.ones(4, bool)
+    _, full, _ = assign_credit(np.zeros(4), SOURCE, every, **CREDIT)
+    _, cut, _ = assign_credit(np.zeros(4), SOURCE, every, **CREDIT, prefix_in_loss=False)
+    np.testing.assert_array_equal(cut, [[0, 0, 2, 2], [1, 1, 1, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
+    logps = np.zeros((4, 4), np.float32)  # ratio 1, p 1
+    advantages, f = np.array([1.0, 2.0, 4.0, 8.0], np.float32), 1 / 1.1
+    loss = functools.partial(jit_loss, logps, logps, advantages)
+    np.testing.assert_allclose(
+        [loss(source, loss_agg=TOKEN_MEAN)[0] for source in (full, cut)],
+        [-(2 + 2 * f + 3 * 2 + 2 * 4 * f) / 9, -(2 * f + 3 * 2 + 2 * 4 * f) / 7],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        [loss(source, loss_agg=SEQ_MEAN)[0] for source in (full, cut)],
+        [-((2 + 2 * f) / 4 + 2 + 4 * f) / 3, -(2 * f / 2 + 2 + 4 * f) / 3],
+        rtol=1e-6,
+    )
+
+
+def test_prefix_weight_zero_stays_in_the_denominators():
+    rewards, every = np.array([1.0, 0.0, 1.0, 0.0]), np.ones(4, bool)
+    per_token, source, _ = assign_credit(rewards, SOURCE, every, **CREDIT, w_prefix=0.0)
+    zeros = np.zeros((4, 4), np.float32)
+    loss, _ = jit_loss(zeros, zeros, per_token, source, loss_agg=TOKEN_MEAN)
+    want = -(0 * 2 + 0.5 / 1.1 * 2 - 0.5 * 3 + 0.5 / 1.1 * 2) / 9
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+
+
+# --- Aggregation ------------------------------------------------------------------------------
+
+
+def test_aggregations_by_hand():
+    values = np.array([[0.1, 0.2, 9.0], [0.4, 0.5, 0.6], [9.0, 9.0, 9.0]])
+    mask = np.array([[True, True, False], [True, True, True], [False, False, False]])
+    found = [aggregate(values, mask, agg, 10) for agg in (SUM_NORM, SEQ_MEAN, TOKEN_MEAN)]
+    want = [
+        ((0.1 + 0.2) / 10 + (0.4 + 0.5 + 0.6) / 10) / 2,  # the empty row is no row
+        ((0.1 + 0.2) / 2 + (0.4 + 0.5 + 0.6) / 3) / 2,
+        (0.1 + 0.2 + 0.4 + 0.5 + 0.6) / 5,
+    ]
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    assert [float(loss_denominator(mask, agg)) for agg in LOSS_AGGREGATIONS] == [2.0, 2.0, 5.0]
+
+
+def test_unknown_aggregation_or_treatment_is_an_error():
+    batch = random_batch(0)
+    with pytest.raises(InputError, match="loss_agg must be one of .* got 'sum'"):
+        policy_loss(*batch, loss_agg="sum")
+    with pytest.raises(InputError, match="off_policy must be one of .* got 'ppo'"):
+        policy_loss(*batch, off_policy="ppo")
+
+
+# --- Policy loss ------------------------------------------------------------------------------
+
+
+def test_shaping_is_luffys():
+    np.testing.assert_allclose(shape_off_policy(np.array([0.0, 0.1, 1.0])), [0, 0.5, 1 / 1.1])
+    np.testing.assert_allclose(shape_off_policy(0.3, gamma=0.2), 0.3 / (0.3 + 0.2))
+
+
+def test_gradient_weight_on_a_teacher_token_is_gamma_p_over_p_plus_gamma_squared():
+    probs = np.array([0.1, 1.0, 0.01])
+    logps, source = np.log(probs)[None].astype(np.float32), np.full((1, 3), TEACHER, np.int8)
+    (_, _), grad = value_and_grad(logps, logps, np.ones(1, np.float32), source, max_length=1)
+    want = [0.1 * 0.1 / (0.1 + 0.1) ** 2, 0.1 * 1 / (1 + 0.1) ** 2, 0.1 * 0.01 / (0.01 + 0.1) ** 2]
+    np.testing.assert_allclose(want, [0.25, 0.0826446, 0.0826446], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(-grad[0], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+@pytest.mark.parametrize("off_policy", OFF_POLICY)
+def test_loss_and_gradient_agree_with_a_float64_twin(off_policy, loss_agg):
+    options = {"off_policy": off_policy, "loss_agg": loss_agg, "max_length": L_MAX}
+    for seed in SEEDS:
+        batch = random_batch(seed)
+        want_loss, want_grad = slow_policy_loss(*batch, **options)
+        (loss, _), grad = value_and_grad(*batch, **options)
+        np.testing.assert_allclose(loss, want_loss, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip_low": None, "clip_high": None},
+        {"clip_low": None},
+        {"clip_high": None},
+        {"clip_low": 0.1, "clip_high": 0.28, "gamma": 0.3},
+    ],
+    ids=str,
+)
+def test_clip_and_gamma_agree_with_a_float64_twin(options):
+    for seed in SEEDS:
+        batch = random_batch(seed)
+        want_loss, want_grad = slow_policy_loss(*batch, **options)
+        (loss, _), grad = value_and_grad(*batch, **options)
+        np.testing.assert_allclose(loss, want_loss, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-7)
+
+
+def ratio_losses(**options):
+    """Loss and gradient of four one-token rows: ratio 1.5 and 0.5, advantage +1 and -1."""
+    ratios, advantages = np.array([1.5, 0.5, 1.5, 0.5]), np.array([1.0, 1.0, -1.0, -1.0])
+    logps, old = np.log(ratios)[None] - 3, np.full((1, 4), -3.0)
+    found = []
+    for t in range(4):  # one token at a time, so that each has its own loss
+        source = np.where(np.arange(4) == t, POLICY, PAD).astype(np.int8)[None]
+        columns = [x.astype(np.float32) for x in (logps, old, advantages[None])]
+        (loss, _), grad = value_and_grad(*columns, source, loss_agg=TOKEN_MEAN, **options)
+        found.append((float(loss), float(grad[0, t])))
+    return np.array(found).T
+
+
+def test_each_side_is_clipped_only_where_it_limits_the_gain():
+    loss, grad = ratio_losses()
+    np.testing.assert_allclose(loss, [-1.2, -0.5, 1.5, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(grad, [0.0, -0.5, 1.5, 0.0], rtol=1e-6)
+
+
+def test_a_side_that_is_none_is_not_clipped():
+    loss, grad = ratio_losses(clip_high=None)
+    np.testing.assert_allclose(loss, [-1.5, -0.5, 1.5, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(grad, [-1.5, -0.5, 1.5, 0.0], rtol=1e-6)
+    loss, grad = ratio_losses(clip_low=None)
+    np.testing.assert_allclose(loss, [-1.2, -0.5, 1.5, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(grad, [0.0, -0.5, 1.5, 0.5], rtol=1e-6)
+    loss, grad = ratio_losses(clip_low=None, clip_high=None)
+    np.testing.assert_allclose(loss, [-1.5, -0.5, 1.5, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(grad, [-1.5, -0.5, 1.5, 0.5], rtol=1e-6)
+
+
+def test_teacher_ratio_is_clamped_to_two():
+    ratios = np.array([[0.5, 1.9, 2.5, 1e4]])
+    logps, old = np.log(ratios) - 10, np.full((1, 4), -10.0)
+    source = np.full((1, 4), TEACHER, np.int8)
+    (loss, _), grad = value_and_grad(
+        logps, old, np.array([3.0]), source, off_policy="teacher_prob", max_length=1
+    )
+    np.testing.assert_allclose(loss, -3 * (0.5 + 1.9 + 2 + 2), rtol=1e-6)
+    np.testing.assert_allclose(grad, [[-3 * 0.5, -3 * 1.9, 0.0, 0.0]], rtol=1e-5)
+
+
+def test_sft_ignores_the_advantage_of_teacher_tokens():
+    logps, old, _, source = random_batch(1)
+    source = np.where(source == PAD, PAD, TEACHER).astype(np.int8)
+    losses = [
+        value_and_grad(logps, old, a * np.ones((B, T), np.float32), source, off_policy="sft")[0][0]
+        for a in (-1.0, 0.0, 2.0)
+    ]
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
+@pytest.mark.parametrize("off_policy", OFF_POLICY)
+def test_extreme_old_logps_that_are_not_read_change_neither_loss_nor_gradient(off_policy):
+    for seed in SEEDS:
+        logps, old, advantages, source = random_batch(seed)
+        unread = (source == PAD) if off_policy == "teacher_prob" else (source != POLICY)
+        assert unread.any()
+        results = [
+            value_and_grad(
+                logps, np.where(unread, value, old).astype(np.float32), advantages, source,
+                off_policy=off_policy, max_length=L_MAX,
+            )
+            for value in (0.0, np.nan, np.inf, -np.inf, 1e30, -1e30)
+        ]  # fmt: skip
+        for result in results[1:]:
+            chex.assert_trees_all_equal(results[0], result)
+        chex.assert_tree_all_finite(results[0])
+
+
+@pytest.mark.parametrize("off_policy", OFF_POLICY)
+def test_extreme_logps_and_advantages_at_padding_change_neither_loss_nor_gradient(off_policy):
+    logps, old, advantages, source = random_batch(2)
+    poison = lambda x, value: np.where(source == PAD, value, x).astype(np.float32)  # noqa: E731
+    results = [
+        value_and_grad(
+            poison(logps, value), old, poison(advantages, value), source, off_policy=off_policy,
+            max_length=L_MAX,
+        )
+        for value in (0.0, np.nan, np.inf, -np.inf, 1e30)
+    ]  # fmt: skip
+    for result in results[1:]:
+        chex.assert_trees_all_equal(results[0], result)
+    chex.assert_tree_all_finite(results[0])
+
+
+@pytest.mark.parametrize("old_value", [-np.inf, -1e30, -200.0, np.inf, 1e30])
+def test_extreme_old_logps_that_are_read_give_no_nan(old_value):
+    # A teacher's unlikely token, and a policy token that sampler and trainer disagree about.
+    for source, advantage in itertools.product((POLICY, TEACHER), (1.0, 0.0)):
+        rows = np.full((B, T), source, np.int8), np.full((B, T), advantage, np.float32)
+        logps, old = np.full((B, T), -1.0, np.float32), np.full((B, T), old_value, np.float32)
+        (loss, _), grad = value_and_grad(
+            logps, old, rows[1], rows[0], off_policy="teacher_prob", max_length=L_MAX
+        )
+        assert np.isfinite(loss) and not np.asarray(grad).any()
+        limit = 2.0 if source == TEACHER else 1.2
+        want = -limit * advantage * T / L_MAX if old_value < 0 else 0.0
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("off_policy", ["shaped", "linear", "teacher_prob"])
+def test_token_that_the_policy_finds_impossible_has_no_gradient_not_nan(off_policy):
+    _, old, advantages, source = random_batch(3)
+    source = np.where(source == PAD, PAD, TEACHER).astype(np.int8)
+    for value in (-np.inf, -1e30, -1e4):
+        logps = np.full((B, T), value, np.float32)
+        result = value_and_grad(logps, old, advantages, source, off_policy=off_policy)
+        assert result[0][0] == 0 and not np.asarray(result[1]).any()
+
+
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+def test_rows_without_tokens_count_in_no_mean(loss_agg):
+    for seed in SEEDS:
+        logps, old, advantages, source = random_batch(seed)
+        empty = seed % B  # `random_batch` leaves this row without tokens
+        full = [np.delete(x, empty, axis=0) for x in (logps, old, advantages, source)]
+        options = {"loss_agg": loss_agg, "max_length": L_MAX}
+        (loss, _), grad = value_and_grad(logps, old, advantages, source, **options)
+        (want, _), want_grad = value_and_grad(*full, **options)
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+        np.testing.assert_allclose(np.delete(grad, empty, axis=0), want_grad, rtol=1e-6)
+        assert not np.asarray(grad)[empty].any()
+
+
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+def test_batch_without_tokens_has_loss_and_gradient_zero(loss_agg):
+    logps, old, advantages, source = random_batch(0)
+    result = value_and_grad(logps, old, advantages, 0 * source, loss_agg=loss_agg, max_length=L_MAX)
+    for leaf in jax.tree.leaves(result):
+        assert not np.asarray(leaf).any()
+
+
+def test_row_advantages_are_token_advantages_repeated():
+    for seed in SEEDS:
+        logps, old, advantages, source = random_batch(seed)
+        by_row = advantages[:, 0]
+        by_token = np.tile(by_row[:, None], (1, T))
+        chex.assert_trees_all_equal(
+            value_and_grad(logps, old, by_row, source),
+            value_and_grad(logps, old, by_token, source),
+        )
+
+
+def test_max_length_defaults_to_the_width():
+    batch = random_batch(0)
+    chex.assert_trees_all_equal(value_and_grad(*batch), value_and_grad(*batch, max_length=T))
+    (wide, _), _ = value_and_grad(*batch, max_length=2 * T)
+    np.testing.assert_allclose(2 * wide, value_and_grad(*batch)[0][0], rtol=1e-6)
+
+
+def test_diagnostics_by_hand():
+    ratios = np.array([[1.5, 0.9, 1.0], [0.5, 1.0, 1.0]])
+    source = np.array([[POLICY, POLICY, TEACHER], [POLICY, TEACHER, PAD]], np.int8)
+    old = np.array([[-2.0, -1.0, 50.0], [-3.0, 50.0, 50.0]])
+    logps = np.where(source == POLICY, old + np.log(ratios), np.log(0.25))
+    advantages = np.array([1.0, -1.0], np.float32)  # clips 1.5 (A > 0) and 0.5 (A < 0), not 0.9
+    _, info = jit_loss(logps, old, advantages, source)
+    log_ratios = [math.log(1.5), math.log(0.9), math.log(0.5)]
+    want = {
+        "ratio_mean": (1.5 + 0.9 + 0.5) / 3,
+        "log_ratio_max": math.log(2),
+        "clip_fraction": 2 / 3,
+        "approx_kl": (1.5 + 0.9 + 0.5 - 3 - sum(log_ratios)) / 3,
+        "teacher_prob_mean": 0.25,
+        "teacher_token_share": 2 / 5,
+    }
+    assert set(info) == set(want)
+    for name, value in want.items():
+        np.testing.assert_allclose(info[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_loss_is_the_same_eager_and_jitted():
+    for off_policy in OFF_POLICY:
+        batch = random_batch(0)
+        eager = policy_loss(*batch, off_policy=off_policy)
+        jitted = jit_loss(*batch, off_policy=off_policy)
+        chex.assert_trees_all_close(eager, jitted, rtol=1e-6, atol=1e-7)
+
+
+# --- Identities -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_whole_teacher_traces_and_no_clip_is_luffys_loss(clip):
+    # LUFFY, written out: on-policy rows rho A, off-policy rows f(pi) A with f(p) = p / (p + 0.1).
+    def luffy(logps, old_logps, advantages, lengths, off_policy_row):
+        objective = 0.0
+        for i, length in enumerate(lengths):
+            for t in range(length):
+                prob = jnp.exp(logps[i, t])
+                weight = (
+                    prob / (prob + 0.1) if off_policy_row[i] else prob / jnp.exp(old_logps[i, t])
+                )
+                objective += weight * advantages[i] / L_MAX
+        return -objective / len(lengths)
+
+    rng = np.random.default_rng(0)
+    logps = -rng.exponential(1.0, (4, 3)).astype(np.float32)
+    old = logps + rng.normal(0, 0.5, (4, 3)).astype(np.float32)
+    lengths, off_policy_row = [3, 1, 2, 3], [False, False, True, True]
+    advantages = np.asarray(group_advantages(np.array([0.0, 1.0, 1.0, 0.0]), 4))
+    source = np.where(off_policy_row, TEACHER, POLICY)[:, None] * np.ones((1, 3), int)
+    source = np.where(np.arange(3)[None, :] < np.array(lengths)[:, None], source, PAD)
+    want, want_grad = jax.jit(
+        jax.value_and_grad(lambda x: luffy(x, old, advantages, lengths, off_policy_row))
+    )(logps)
+    (loss, _), grad = value_and_grad(
+        logps, old, advantages, source.astype(np.int8), clip_low=clip, clip_high=clip,
+        max_length=L_MAX,
+    )  # fmt: skip
+    if clip is None:
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+        np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-8)
+    else:  # the clip is what makes the difference, on the policy's own rows only
+        assert abs(loss - want) > 1e-3
+        np.testing.assert_allclose(grad[2:], want_grad[2:], rtol=1e-5, atol=1e-8)
+
+
+def test_batch_without_teacher_tokens_is_dr_grpo():
+    def dr_grpo(logps, old_logps, advantages, mask):
+        ratio = jnp.exp(jnp.where(mask, logps - old_logps, 0.0))
+        gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
+        per_row = jnp.where(mask, gain, 0.0).sum(-1) / L_MAX
+        return -per_row.sum() / mask.any(-1).sum()
+
+    plain = jax.jit(jax.value_and_grad(dr_grpo))
+    for seed in SEEDS:
+        logps, old, advantages, source = random_batch(seed, teacher=False)
+        want, want_grad = plain(logps, old, advantages, source != PAD)
+        (loss, _), grad = value_and_grad(logps, old, advantages, source, max_length=L_MAX)
+        np.testing.assert_allclose(loss, want, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(grad, want_grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+def test_without_teacher_tokens_every_off_policy_setting_is_bit_identical(loss_agg):
+    for seed in SEEDS:
+        batch = random_batch(seed, teacher=False)
+        options = {"loss_agg": loss_agg, "max_length": L_MAX}
+        results = [value_and_grad(*batch, off_policy=name, **options) for name in OFF_POLICY]
+        for result in results[1:]:
+            chex.assert_trees_all_equal(results[0], result)
+
+
+# --- KL ---------------------------------------------------------------------------------------
+
+
+def test_k3_agrees_with_a_float64_twin_and_reads_policy_tokens_only():
+    for seed in SEEDS:
+        logps, ref, _, source = random_batch(seed)
+        logps, ref = (np.where(source == POLICY, x, np.nan) for x in (logps, ref))
+        found = np.asarray(jax.jit(kl_penalty)(logps, ref, source))
+        gap = np.where(source == POLICY, ref.astype(np.float64) - logps, 0.0)
+        np.testing.assert_allclose(found, np.exp(gap) - 1 - gap, rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(found, kl_penalty(logps, ref, source), rtol=1e-5, atol=1e-9)
+
+
+def test_k3_is_never_negative_and_keeps_its_digits_near_zero():
+    gap = np.random.default_rng(0).normal(0, 1e-3, (1, 20000)).astype(np.float32)
+    found = np.asarray(jax.jit(kl_penalty)(-gap, 0 * gap, np.ones_like(gap, np.int8)))
+    assert (found >= 0).all()
+    large = np.abs(gap) > 1e-4
+    np.testing.assert_allclose(found[large], gap[large].astype(float) ** 2 / 2, rtol=5e-3)
+
+
+def test_gradient_of_k3_is_one_minus_ref_over_policy_and_zero_elsewhere():
+    logps, ref, _, source = random_batch(0)
+    ref = np.where(source == POLICY, ref, np.inf)
+    grad = jax.jit(jax.grad(lambda x: kl_penalty(x, ref, source).sum()))(logps)
+    want = np.where(source == POLICY, 1 - np.exp(np.where(source == POLICY, ref - logps, 0)), 0)
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-6)
+
+
+# --- Token log-probs --------------------------------------------------------------------------
+
+ROWS, LENGTH, WIDTH, VOCAB = 3, 4, 6, 11
+jit_token_logps = jax.jit(token_logps, static_argnames=("temperature", "chunk_size"))
+
+
+def random_hidden(seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
+    unembed = rng.normal(size=(WIDTH, VOCAB)).astype(np.float32)
+    return hidden, unembed, rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
+
+
+def full_token_logps(hidden, unembed, targets, *, temperature=1.0):
+    """The same from all logits at once."""
+    logps = jax.nn.log_softmax(hidden @ unembed / temperature, axis=-1)  # [B, T, V]
+    entropy = -(jax.nn.softmax(hidden @ unembed / temperature, axis=-1) * logps).sum(-1)
+    return jnp.take_along_axis(logps, targets[:, :, None], axis=-1)[:, :, 0], entropy
+
+
+def weighted(token_logps_fn, hidden, unembed, targets, **options):
+    """A scalar that every log-prob and every entropy enters with another weight."""
+    logps, entropy = token_logps_fn(hidden, unembed, targets, **options)
+    weights = jnp.arange(1.0, 1 + logps.size).reshape(logps.shape)
+    return (weights * logps).sum() + (jnp.cos(weights) * entropy).sum(), (logps, entropy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "chunk_size", [1, 4, 5, 12, 100]
+)  # 12 positions: 4 divides them, 5 does not
+def test_token_logps_are_log_softmax_of_the_full_logits_with_gradients(chunk_size, temperature):
+    both = functools.partial(jax.value_and_grad, argnums=(1, 2), has_aux=True)
+    chunked = jax.jit(
+        both(weighted), static_argnums=0, static_argnames=("temperature", "chunk_size")
+    )
+    inputs = random_hidden()
+    want, want_grads = chunked(full_token_logps, *inputs, temperature=temperature)
+    found, grads = chunked(token_logps, *inputs, temperature=temperature, chunk_size=chunk_size)
+    chex.assert_trees_all_close(found[1], want[1], rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(grads, want_grads, rtol=1e-5, atol=1e-5)
+
+
+def test_token_logps_agree_with_a_float64_twin():
+    for seed in SEEDS:
+        hidden, unembed, targets = random_hidden(seed)
+        logps, entropy = jit_token_logps(hidden, unembed, targets, temperature=0.7, chunk_size=5)
+        for i, t in itertools.product(range(ROWS), range(LENGTH)):
+            logits = [float(hidden[i, t].astype(float) @ unembed[:, v]) / 0.7 for v in range(VOCAB)]
+            total = math.log(sum(math.exp(x) for x in logits))
+            own = [x - total for x in logits]
+            np.testing.assert_allclose(logps[i, t], own[targets[i, t]], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                entropy[i, t], -sum(math.exp(x) * x for x in own), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_uniform_logits_have_log_vocab_entropy():
+    _, unembed, targets = random_hidden()
+    hidden = np.zeros((ROWS, LENGTH, WIDTH), np.float32)
+    logps, entropy = jit_token_logps(hidden, unembed, targets, chunk_size=5)
+    np.testing.assert_allclose(logps, np.full((ROWS, LENGTH), -math.log(VOCAB)), rtol=1e-6)
+    np.testing.assert_allclose(entropy, np.full((ROWS, LENGTH), math.log(VOCAB)), rtol=1e-6)
+
+
+def test_token_logps_are_float32_of_bfloat16_weights():
+    hidden, unembed, targets = random_hidden()
+    half = hidden.astype(jnp.bfloat16), unembed.astype(jnp.bfloat16)
+    logps, entropy = jit_token_logps(*half, targets, chunk_size=5)
+    assert logps.dtype == entropy.dtype == np.float32
+    want = full_token_logps(hidden, unembed, targets)
+    chex.assert_trees_all_close((logps, entropy), want, rtol=0, atol=0.1)
+
+
+def test_extreme_logits_give_finite_log_probs_entropy_and_gradients():
+    hidden, unembed, targets = random_hidden()
+    grads = jax.jit(jax.grad(lambda h: weighted(token_logps, h, unembed, targets, chunk_size=5)[0]))
+    for scale in (1e4, 1e30):
+        logps, entropy = jit_token_logps(hidden * scale, unembed, targets, chunk_size=5)
+        chex.assert_tree_all_finite((logps, entropy, grads(hidden * np.float32(scale))))
+        np.testing.assert_allclose(entropy, np.zeros((ROWS, LENGTH)), atol=1e-6)
+
+
+def all_avals(jaxpr):
+    """Every array type of a program, loops and checkpoints included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars)
+        yield from (v.aval for v in eqn.invars)
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from all_avals(inner)
+
+
+def largest_array(chunk_size):
+    rows, length, width, vocab = 4, 6, 2, 50  # 24 positions
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((rows, length, width), np.float32),
+            ((width, vocab), np.float32),
+            ((rows, length), np.int32),
+        )
+    ]
+    step = jax.value_and_grad(
+        lambda *x: weighted(token_logps, *x, chunk_size=chunk_size), argnums=(0, 1), has_aux=True
+    )
+    program = jax.make_jaxpr(step)(*arguments)
+    return max(math.prod(aval.shape) for aval in all_avals(program.jaxpr)) / vocab
+
+
+@pytest.mark.parametrize("chunk_size", [4, 5])
+def test_no_array_of_all_logits_exists_forward_or_backward(chunk_size):
+    assert largest_array(chunk_size) == chunk_size  # positions whose logits exist at once
+    assert largest_array(24) == 24
