@@ -8,7 +8,8 @@ import gzip
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -21,15 +22,15 @@ def read_jsonl(path) -> list[dict[str, Any]]:
     """Returns the objects of a .jsonl or .jsonl.gz file.
 
     Raises:
-      InputError: no such file, or a line that is not a JSON object (file and line number are
-      named).
+      InputError: no such file, a damaged one, or a line that is not a JSON object (file and line
+      number are named).
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"data file {path} does not exist")
     rows = []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
             try:
@@ -44,6 +45,13 @@ def read_jsonl(path) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"{path} holds no rows")
     return rows
+
+
+def _lines(file, path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (OSError, EOFError, zlib.error) as error:  # gzip's three ways to say it
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
 def prompt_iterator(source: Sequence[dict], *, batch_size: int, seed: int, shuffle: bool = True):

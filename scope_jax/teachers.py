@@ -58,9 +58,9 @@ def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Te
             prefix = tokenizer.decode(
                 requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
             )
-            text = remaining_solution(record.get("solution", ""), prefix)
+            text = remaining_solution(record.get("solution") or "", prefix)
             tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
-            room = int(requests.budgets[row])
+            room = min(int(requests.budgets[row]), max_new_tokens)
             stopped[row] = bool(tokens) and len(tokens) < room
             tokens = [*tokens[: room - 1], policy_eos_id] if stopped[row] else tokens[:room]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
@@ -73,21 +73,21 @@ def remaining_solution(solution: str, prefix: str) -> str:
     """Returns the lines of a worked solution after those whose results the prefix already has.
 
     A line's result is its last number. The leading lines whose results ALL stand in the prefix, in
-    order, are left out; the final "#### answer" line always stays.
+    order and as whole numbers (1,500 is 1500, not 500), are left out; the final "#### answer" line
+    always stays.
 
     >>> remaining_solution("48/2 = <<48/2=24>>24.\\n48+24 = <<48+24=72>>72.", "24 in May")
     '48+24 = 72.'
     """
-    lines = _CALCULATOR.sub("", solution).strip().split("\n")
-    done, position = 0, 0
+    lines, done = _CALCULATOR.sub("", solution).strip().split("\n"), 0
+    reached = iter(_numbers(prefix))
     for line in lines[:-1]:
-        numbers = _NUMBER.findall(line)
-        if not numbers:
+        results = _numbers(line)[-1:]
+        if not results or results[0] not in reached:  # `in` reads on from the number found last
             break
-        found = re.compile(rf"(?<![\d.]){re.escape(numbers[-1].rstrip(','))}(?![\d]|\.\d)").search(
-            prefix, position
-        )
-        if found is None:
-            break
-        done, position = done + 1, found.end()
+        done += 1
     return "\n".join(lines[done:])
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]

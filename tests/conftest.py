@@ -1,4 +1,4 @@
-"""Switches that every test runs under: 8 virtual devices, typed keys only, no silent rank promotion, no warnings."""
+"""Switches of every test: 8 virtual devices, typed keys, no rank promotion, no warnings."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """Directory of SmolLM2-135M-Instruct, made by shared/tools/make_smollm2.py; .ci/run builds it."""
+    """Directory of SmolLM2-135M-Instruct (shared/tools/make_smollm2.py); .ci/run builds it."""
     path = os.environ.get("SCOPE_JAX_SMOLLM2", "")
     if not path or not pathlib.Path(path).is_dir():
         pytest.skip(

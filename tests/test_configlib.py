@@ -73,7 +73,8 @@ def test_a_config_file_of_the_users_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from scope_jax.methods import default_config\n"
-        "def get_config(arg=''):\n    c = default_config()\n    c.seed = int(arg or 1)\n    return c\n"
+        "def get_config(arg=''):\n"
+        "    c = default_config()\n    c.seed = int(arg or 1)\n    return c\n"
     )
     assert load_config(f"{file}:7", []).seed == 7
     file.write_text("x = 1\n")

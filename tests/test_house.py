@@ -18,7 +18,7 @@ FLOORS = [
     ["roles", "evaluate", "pretrain"],
     ["train"],
 ]
-# Within a floor: a config's loader reads the methods, tasks read files, the loop's parts share roles.
+# Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"),
     ("models.transformer", "models.kv_cache"), ("models.hf", "models.transformer"),

@@ -1,4 +1,4 @@
-"""The whole loop, on eight virtual devices: identities, resume, what a run writes, what it refuses."""
+"""The whole loop on eight virtual devices: identities, resume, what it writes and refuses."""
 
 import collections
 import json
@@ -152,12 +152,14 @@ def test_other_methods_and_options_run(tmp_path, options):
 
 
 def test_all_right_groups_are_never_made_by_repair(tmp_path):
-    """With every wrong rollout to be repaired, replacement still leaves each group one wrong row."""
+    """With every wrong rollout to be repaired, replacement leaves each group one wrong row."""
     options = ("--config.locate.locator=oracle", "--config.select.min_prefix_steps=0")
     run(tmp_path / "run", "--config.correct.n_correct=-1", *options)
     for row in training_rows(tmp_path / "run"):
+        still_wrong = 32 * (1 - row["solve_rate"]) - row["corrections/accepted"]
         assert row["corrections/accepted"] > 8  # more than one a group
-        assert row["groups_with_signal"] == 1.0
+        # One wrong row stays in each group that had one, beside right ones: so each has a signal.
+        assert still_wrong == 8 * row["groups_with_signal"] > 0
 
 
 # --------------------------------------------------------------------- a language model's directory
@@ -269,7 +271,7 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
         ("--config.locate.tao=0.4", "did you mean 'tau'?"),
         ("--config.model.path=/nowhere", "model directory /nowhere does not exist"),
         ("--config.prm.path=scope_jax/tasks/worksheet_models/policy", "scope_jax_prm_head"),
-        ("--config.data.prompts_per_step=6", "do not divide"),
+        ("--config.data.prompts_per_step=6", "data.prompts_per_step=6 does not divide over the 8"),
         ("--config.data.max_prompt_length=5", "data.max_prompt_length is 5"),
         ("--config.mesh.data=3", "mesh data=3, fsdp=1, model=1 does not match 8 devices"),
         ("--config.learn.mini_batches=3", "do not divide"),
@@ -288,7 +290,7 @@ def test_bad_input_is_one_line_and_leaves_no_checkpoint(tmp_path, capsys, option
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
-def test_a_workdir_of_another_config_is_left_alone(tmp_path, capsys, scope_run):
+def test_a_workdir_of_another_config_is_left_alone(capsys, scope_run):
     workdir, _ = scope_run
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     assert "loss.gamma is 0.1 there and 0.2 here" in refused(
@@ -305,12 +307,12 @@ def test_a_finished_run_is_not_silently_done_again(capsys, scope_run):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"question": "1+1?", "answer": "#### 2"}\n{"question": \n', "train.jsonl:2: not valid JSON"),
+        ('{"question": "1?", "answer": "#### 1"}\n{"question": \n', "train.jsonl:2: not valid"),
         ('{"question": "1+1?", "answer": "two"}\n', 'train.jsonl:1: GSM8K\'s answer ends in'),
         ('{"question": "1+1?"}\n', 'train.jsonl:1: no "answer"'),
         ('{"question": "1+1?", "answer": "#### 2"}\n', "do not fill one batch of 8"),
         (json.dumps({"question": "x" * 500, "answer": "#### 2"}) + "\n", "do not fill one batch"),
-        ((json.dumps({"question": "x" * 500, "answer": "#### 2"}) + "\n") * 8, "prompt tokens; data"),
+        ((json.dumps({"question": "x" * 500, "answer": "#### 2"}) + "\n") * 8, "prompt tokens"),
     ],
 )  # fmt: skip
 def test_bad_data_is_named_by_file_and_line(tmp_path, capsys, language_model, text, reason):

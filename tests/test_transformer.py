@@ -15,6 +15,7 @@ from scope_jax.models.transformer import (
     TransformerConfig,
     Weight,
     declare,
+    init_params,
     rms_norm,
     rotary_angles,
     rotate,
@@ -287,20 +288,40 @@ def test_initial_params_have_the_declared_shapes_and_dtype():
         assert weight.stacked == (weight.shape[0] == CONFIG.num_layers)
 
 
-def test_initial_params_have_unit_norms_zero_biases_and_fan_in_scale():
-    wide = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=96)
-    params = jax.jit(Transformer(wide).init)(jax.random.key(0))
-    layers = params["layers"]
-    for norm in (layers["attn_norm"], layers["mlp_norm"], params["final_norm"]):
-        assert (norm == 1).all()
-    assert all((layers[name]["b"] == 0).all() for name in "qkv")
-    fan_ins = {"gate": 64, "up": 64, "down": 96, "o": 6 * 4}
-    for name, fan_in in fan_ins.items():
-        np.testing.assert_allclose(layers[name].std(), fan_in**-0.5, rtol=0.05)
-    np.testing.assert_allclose(layers["q"]["w"].std(), 64**-0.5, rtol=0.05)
-    np.testing.assert_allclose(params["embed"].std(), 0.02, rtol=0.05)
-    assert not np.allclose(layers["gate"], layers["up"])  # a key of its own each
-    assert not np.allclose(layers["gate"][0], layers["gate"][1])
+def test_declared_fan_in_is_that_of_the_linear_map():
+    inits = {
+        ".".join(weight.hf.split(".")[-2:]): weight
+        for weight in jax.tree.leaves(declare(CONFIG), is_leaf=lambda x: isinstance(x, Weight))
+    }
+    fan_ins = {name: w.shape[w.stacked :][: w.in_dims] for name, w in inits.items() if w.in_dims}
+    assert fan_ins == {
+        "q_proj.weight": (16,), "k_proj.weight": (16,), "v_proj.weight": (16,),
+        "o_proj.weight": (6, 4), "gate_proj.weight": (16,), "up_proj.weight": (16,),
+        "down_proj.weight": (20,), "lm_head.weight": (16,),
+    }  # fmt: skip
+    assert {name for name, w in inits.items() if w.init == "ones"} == {
+        "input_layernorm.weight", "post_attention_layernorm.weight", "norm.weight",
+    }  # fmt: skip
+    assert {n for n, w in inits.items() if w.init == "zeros"} == {f"{p}_proj.bias" for p in "qkv"}
+
+
+def test_initial_weights_have_the_scale_of_their_fan_in():
+    axes = {"plain": (None, None, None), "stacked": ("layers", None, None)}
+    declared = {
+        "ones": Weight((3,), (None,), "ones", ""),
+        "zeros": Weight((3,), (None,), "zeros", ""),
+        "embedding": Weight((32, 8, 16), axes["plain"], "normal", ""),
+        "one": Weight((32, 8, 16), axes["plain"], "normal", "", 1),
+        "another": Weight((32, 8, 16), axes["plain"], "normal", "", 1),
+        "two": Weight((32, 8, 16), axes["plain"], "normal", "", 2),
+        "stacked": Weight((32, 8, 16), axes["stacked"], "normal", "", 1),
+    }
+    params = init_params(declared, jax.random.key(0))
+    assert params["ones"].tolist() == [1] * 3 and params["zeros"].tolist() == [0] * 3
+    stds = {"embedding": 0.02, "one": 32**-0.5, "two": (32 * 8) ** -0.5, "stacked": 8**-0.5}
+    for name, std in stds.items():
+        np.testing.assert_allclose(params[name].std(), std, rtol=0.05)
+    assert not np.allclose(params["one"], params["another"])  # a key of its own each
 
 
 # --- A model as a static argument of jit ----------------------------------------------------------

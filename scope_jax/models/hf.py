@@ -177,7 +177,7 @@ def load_tokenizer(path_or_hub_id):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{directory} holds no tokenizer: {str(error).splitlines()[0]}") from error
-    ends = [tokenizer.eos_token_id]
+    ends: list[Any] = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
         if (directory / name).exists():
             named = json.loads((directory / name).read_text()).get("eos_token_id")

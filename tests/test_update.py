@@ -1,0 +1,383 @@
+"""Tests of the update: gradients of micro-batches and meshes, schedules, log-probs of the sampler."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scope_jax.losses import LOSS_AGGREGATIONS
+from scope_jax.models.transformer import Transformer, TransformerConfig, declare
+from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, TrainState
+from scope_jax.sampling import generate
+from scope_jax.sharding import make_mesh, put_batch, replicate, shardings
+from scope_jax.update import (
+    completion_logps,
+    make_optimizer,
+    make_schedule,
+    split_rows,
+    train_step,
+    update_policy,
+)
+
+B, N, T, VOCAB, WIDTH = 8, 3, 5, 12, 4
+L_MAX, TEMPERATURE = 7, 0.7
+SGD = optax.sgd(1.0)  # parameters move by minus the gradient
+ADAM = make_optimizer(100, learning_rate=0.02, weight_decay=0.0)
+LOSS = {"temperature": TEMPERATURE, "max_length": L_MAX, "chunk_size": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """The smallest model of the protocol: a token is predicted from the one before it."""
+
+    def __call__(self, params, tokens, *, positions, cache=None):
+        chex.assert_equal_shape([tokens, positions])
+        return params["embed"][tokens], cache
+
+    def unembed(self, params):
+        return params["unembed"]
+
+
+TRANSFORMER = Transformer(
+    TransformerConfig(
+        vocab_size=VOCAB, embed_dim=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+        mlp_dim=16, qkv_bias=True,
+    )
+)  # fmt: skip
+
+
+def bigram_params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "embed": rng.normal(size=(VOCAB, WIDTH)).astype(np.float32),
+        "unembed": rng.normal(size=(WIDTH, VOCAB)).astype(np.float32),
+    }
+
+
+def random_batch(seed, empty_rows=(2,), teacher=True):
+    """Rows of uneven length; `empty_rows` have no completion, and row 4 has one that is in no loss."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, B)
+    lengths[list(empty_rows)] = 0
+    completion_mask = np.arange(T)[None, :] < lengths[:, None]
+    prompt_mask = np.arange(N)[None, :] >= rng.integers(0, N, B)[:, None]  # LEFT-padded
+    source = rng.integers(POLICY, (TEACHER if teacher else POLICY) + 1, (B, T))
+    source = np.where(completion_mask & (np.arange(B)[:, None] != 4), source, PAD)
+    batch = TrainBatch(
+        prompt_ids=np.where(prompt_mask, rng.integers(1, VOCAB, (B, N)), 0),
+        prompt_mask=prompt_mask,
+        completion_ids=np.where(completion_mask, rng.integers(1, VOCAB, (B, T)), 0),
+        token_source=source.astype(np.int8),
+        completion_mask=completion_mask,
+        old_logps=-rng.exponential(2.0, (B, T)),
+        advantages=rng.normal(size=(B, T)),
+        ref_logps=-rng.exponential(2.0, (B, T)),
+    )
+    narrow = {np.dtype("int64"): np.int32, np.dtype("float64"): np.float32}
+    return jax.tree.map(lambda x: x.astype(narrow.get(x.dtype, x.dtype)), batch)
+
+
+def new_state(params, optimizer=SGD):
+    params = jax.tree.map(jnp.array, params)  # a copy: the state is donated
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def gradient(model, params, batch, **options):
+    """Returns (gradient, diagnostics) of one `train_step`, on the host."""
+    state, info = train_step(model, SGD, new_state(params), batch, **LOSS, **options)
+    moved = jax.device_get(state.params)
+    return jax.tree.map(lambda old, new: old - new, jax.device_get(params), moved), info
+
+
+# --- Schedules and optimizer ------------------------------------------------------------------
+
+
+def rates(kind, steps, **options):
+    options = {
+        "learning_rate": 0.4,
+        "warmup_steps": 0,
+        "total_steps": 8,
+        "end_factor": 0.1,
+    } | options
+    schedule = make_schedule(kind, **options)
+    return np.array([float(schedule(step)) for step in steps])
+
+
+def test_constant_schedule_stays():
+    np.testing.assert_allclose(rates("constant", [0, 3, 100]), [0.4] * 3, rtol=1e-6)
+
+
+def test_linear_schedule_falls_to_its_end_factor_and_stays_there():
+    want = [0.4, 0.4 + (0.04 - 0.4) * 2 / 8, 0.4 + (0.04 - 0.4) * 6 / 8, 0.04, 0.04]
+    np.testing.assert_allclose(rates("linear", [0, 2, 6, 8, 20]), want, rtol=1e-6)
+
+
+def test_cosine_schedule_falls_along_half_a_wave():
+    def wave(share):
+        return 0.4 * ((1 - 0.1) * (1 + np.cos(np.pi * share)) / 2 + 0.1)
+
+    want = [0.4, wave(2 / 8), 0.4 * (0.9 / 2 + 0.1), wave(6 / 8), 0.04, 0.04]
+    np.testing.assert_allclose(rates("cosine", [0, 2, 4, 6, 8, 20]), want, rtol=1e-6)
+
+
+def test_warmup_rises_in_equal_steps_that_do_not_start_at_zero():
+    want = [0.4 * 1 / 4, 0.4 * 2 / 4, 0.4 * 3 / 4, 0.4, 0.4]
+    np.testing.assert_allclose(rates("constant", range(5), warmup_steps=3), want, rtol=1e-6)
+
+
+def test_decay_takes_the_steps_that_the_warmup_leaves():
+    want = [0.4 * 2 / 3, 0.4, 0.4 + (0.04 - 0.4) * 3 / 6, 0.04]
+    np.testing.assert_allclose(rates("linear", [1, 2, 5, 8], warmup_steps=2), want, rtol=1e-6)
+
+
+def test_unknown_schedule_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(InputError, match="constant, linear, cosine, got 'step'"):
+        rates("step", [0])
+
+
+def test_first_adamw_update_is_sign_of_the_clipped_gradient_plus_decay():
+    options = {"learning_rate": 0.5, "weight_decay": 0.1, "eps": 0.01, "max_grad_norm": 1.0}
+    optimizer, params = make_optimizer(10, **options), {"w": jnp.array([2.0, -1.0])}
+    grads = np.array([30.0, -40.0])  # norm 50, clipped to 1
+    updates, _ = optimizer.update({"w": jnp.asarray(grads)}, optimizer.init(params), params)
+    clipped = grads / 50
+    want = -0.5 * (clipped / (np.abs(clipped) + 0.01) + 0.1 * np.array([2.0, -1.0]))
+    np.testing.assert_allclose(updates["w"], want, rtol=1e-5)
+
+
+# --- Log-probs of completions -----------------------------------------------------------------
+
+
+def test_completion_logps_predict_each_token_from_the_one_before_it():
+    params, batch = bigram_params(), random_batch(0)
+    logps, entropy = completion_logps(
+        Bigram(), params, batch, temperature=TEMPERATURE, chunk_size=7
+    )
+    before = np.concatenate([batch.prompt_ids[:, -1:], batch.completion_ids[:, :-1]], axis=1)
+    logits = params["embed"].astype(float)[before] @ params["unembed"].astype(float) / TEMPERATURE
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    picked = np.take_along_axis(probs, batch.completion_ids[:, :, None], axis=2)[:, :, 0]
+    np.testing.assert_allclose(logps, np.log(picked), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(entropy, -(probs * np.log(probs)).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_completion_logps_are_the_samplers():
+    params = TRANSFORMER.init(jax.random.key(0))
+    params = jax.tree.map(lambda x: 2 * x, params)  # a peaked distribution: log-probs differ
+    prompt_ids = np.array([[0, 0, 5, 7], [3, 4, 5, 6]], np.int32)
+    prompt_mask = np.array([[False, False, True, True], [True] * 4])
+    rollouts = generate(
+        TRANSFORMER, params, prompt_ids, prompt_mask, jax.random.key(1), group_size=4,
+        max_new_tokens=6, eos_ids=(1, 2), temperature=TEMPERATURE,
+    )  # fmt: skip
+    mask, ends = np.asarray(rollouts.completion_mask), np.asarray(rollouts.completion_ids)
+    lengths = mask.sum(1)
+    assert len(set(lengths)) > 2 and lengths.max() == 6  # some rows ended early, some did not
+    assert np.isin(ends[mask], (1, 2)).any()  # end tokens are scored like any other
+
+    score = jax.jit(functools.partial(completion_logps, TRANSFORMER, temperature=TEMPERATURE))
+    logps, _ = score(params, rollouts)
+    np.testing.assert_allclose(np.asarray(logps)[mask], np.asarray(rollouts.logps)[mask], atol=1e-4)
+    assert np.ptp(np.asarray(logps)[mask]) > 1
+
+    # What stands in the padding is not read.
+    noisy = dataclasses.replace(
+        rollouts,
+        prompt_ids=jnp.where(rollouts.prompt_mask, rollouts.prompt_ids, 9),
+        completion_ids=jnp.where(rollouts.completion_mask, rollouts.completion_ids, 9),
+    )
+    np.testing.assert_array_equal(
+        np.asarray(score(params, noisy)[0])[mask], np.asarray(logps)[mask]
+    )
+
+
+# --- Micro-batches ----------------------------------------------------------------------------
+
+BONUS = {"entropy_coef": 0.3, "kl_coef": 0.2}
+
+
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+def test_micro_batches_give_the_full_batchs_gradient(loss_agg):
+    params = bigram_params()
+    batches = [
+        random_batch(0),
+        random_batch(1, empty_rows=(0, 1, 2, 3, 5)),
+        random_batch(2, empty_rows=(1, 5)),  # one of four parts (rows 1 and 5) holds no token
+        random_batch(3, empty_rows=range(B)),
+    ]
+    for batch in batches:
+        run = functools.partial(gradient, Bigram(), params, batch, loss_agg=loss_agg, **BONUS)
+        want, want_info = run()
+        for micro_batches in (2, 4):
+            found, info = run(micro_batches=micro_batches)
+            chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(info["loss"], want_info["loss"], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(info["grad_norm"], want_info["grad_norm"], rtol=1e-4)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(want))  # no token, no gradient
+
+
+def slow_aggregate(values, mask, loss_agg):
+    rows = [[float(v) for v in values[i][mask[i]]] for i in range(B) if mask[i].any()]
+    if loss_agg == "token-mean":
+        return sum(sum(row) for row in rows) / sum(len(row) for row in rows)
+    if loss_agg == "seq-mean-token-mean":
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    return sum(sum(row) / L_MAX for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+def test_entropy_and_kl_enter_with_the_aggregation_of_the_loss(loss_agg):
+    params, batch = bigram_params(), random_batch(0)
+    _, info = gradient(Bigram(), params, batch, loss_agg=loss_agg, **BONUS)
+    logps, entropy = completion_logps(
+        Bigram(), params, batch, temperature=TEMPERATURE, chunk_size=7
+    )
+    in_loss = batch.token_source != PAD
+    gap = np.where(batch.token_source == POLICY, batch.ref_logps - np.asarray(logps, float), 0.0)
+    k3 = np.exp(gap) - 1 - gap  # on POLICY tokens, over the count of all tokens in the loss
+    bonus = slow_aggregate(np.asarray(entropy), in_loss, loss_agg)
+    penalty = slow_aggregate(k3, in_loss, loss_agg)
+    assert bonus > 0.1 and penalty > 0.1
+    want = info["policy_loss"] - 0.3 * bonus + 0.2 * penalty
+    np.testing.assert_allclose(info["loss"], want, rtol=1e-5)
+    np.testing.assert_allclose(info["entropy"], np.asarray(entropy)[in_loss].mean(), rtol=1e-5)
+
+
+def test_kl_without_reference_is_an_error():
+    batch = dataclasses.replace(random_batch(0), ref_logps=None)
+    with pytest.raises(InputError, match="kl_coef > 0 needs ref_logps"):
+        gradient(Bigram(), bigram_params(), batch, kl_coef=0.2)
+
+
+# --- Identities -------------------------------------------------------------------------------
+
+
+def test_without_teacher_tokens_the_update_does_not_depend_on_their_treatment():
+    params, batch = bigram_params(), random_batch(0, teacher=False)
+    found = [gradient(Bigram(), params, batch, off_policy=x) for x in ("shaped", "sft")]
+    chex.assert_trees_all_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1]["loss"], found[1][1]["loss"])
+
+
+def test_tokens_out_of_the_loss_have_no_gradient_of_their_own():
+    params, batch = bigram_params(), random_batch(0)
+    other = dataclasses.replace(
+        batch,
+        advantages=np.where(batch.token_source == PAD, 7, batch.advantages).astype(np.float32),
+        old_logps=np.where(batch.token_source == PAD, np.nan, batch.old_logps).astype(np.float32),
+    )
+    found = [gradient(Bigram(), params, x, off_policy="shaped")[0] for x in (batch, other)]
+    chex.assert_trees_all_equal(*found)
+    chex.assert_tree_all_finite(found[1])
+
+
+# --- Meshes -----------------------------------------------------------------------------------
+
+
+def test_eight_devices_and_micro_batches_give_one_devices_update():
+    params, batch = jax.device_get(TRANSFORMER.init(jax.random.key(0))), random_batch(0)
+    want, want_info = gradient(TRANSFORMER, params, batch, **BONUS)
+
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    places = shardings(declare(TRANSFORMER.config), mesh)
+    placed = jax.device_put(params, places)
+    state = TrainState(placed, SGD.init(placed), replicate(np.int32(0), mesh))
+    state, info = train_step(
+        TRANSFORMER, SGD, state, put_batch(batch, mesh), micro_batches=2, **LOSS, **BONUS
+    )
+    moved = jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
+    chex.assert_trees_all_close(moved, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(info["loss"], want_info["loss"], rtol=1e-5, atol=1e-6)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(want)) > 1e-2
+    assert jax.tree.map(lambda x: x.sharding, state.params) == places  # they stay where they were
+
+
+# --- Policy updates ---------------------------------------------------------------------------
+
+
+def updates(minis, **options):
+    """Returns (params, diagnostics) after one update per mini-batch."""
+    state, infos = update_policy(
+        Bigram(), SGD, new_state(bigram_params()), minis, **LOSS, **options
+    )
+    return jax.device_get((state.params, infos))
+
+
+def test_recomputed_old_logps_replace_the_policys_and_leave_the_teachers():
+    batch, options = random_batch(0), {"off_policy": "teacher_prob"}
+    own, _ = completion_logps(
+        Bigram(), bigram_params(), batch, temperature=TEMPERATURE, chunk_size=7
+    )
+    is_policy = batch.token_source == POLICY
+
+    def with_old(policy, teacher):
+        old = np.where(is_policy, policy, np.where(batch.token_source == TEACHER, teacher, 0.0))
+        return [dataclasses.replace(batch, old_logps=old.astype(np.float32))]
+
+    want, want_info = updates(with_old(own, batch.old_logps), **options)
+    found, info = updates(with_old(np.nan, batch.old_logps), old_logps="recompute", **options)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(info[0]["loss"], want_info[0]["loss"], rtol=1e-5)
+    assert info[0]["log_ratio_max"] < 1e-5
+    other, _ = updates(with_old(np.nan, batch.old_logps - 0.3), old_logps="recompute", **options)
+    assert np.abs(other["embed"] - want["embed"]).max() > 1e-4  # the teacher's were read
+
+
+def test_old_logps_are_recomputed_once_before_the_first_update():
+    minis = [random_batch(0), random_batch(1)]
+    _, infos = updates(minis, old_logps="recompute")
+    own, _ = completion_logps(Bigram(), bigram_params(), minis[1], temperature=TEMPERATURE)
+    _, wants = updates([minis[0], dataclasses.replace(minis[1], old_logps=np.asarray(own))])
+    assert infos[0]["log_ratio_max"] < 1e-5 < infos[1]["log_ratio_max"]
+    # The first update differs (other old_logps), so only what the two share is compared: the second
+    # mini-batch is measured against the weights before both.
+    assert wants[1]["log_ratio_max"] > 1e-5
+
+
+def test_reference_log_probs_are_those_of_the_reference():
+    params, minis = bigram_params(), [random_batch(0)]
+    options = {"kl_coef": 0.2, "off_policy": "shaped"}
+    _, infos = updates(minis, ref_params=jax.tree.map(jnp.array, params), **options)
+    assert abs(infos[0]["kl"]) < 1e-6  # the reference is the policy
+    _, infos = updates(minis, ref_params=jax.tree.map(jnp.array, bigram_params(1)), **options)
+    assert infos[0]["kl"] > 0.1
+
+
+def test_unknown_source_of_old_logps_is_an_error():
+    with pytest.raises(InputError, match='"sampler" or "recompute", got \'guess\''):
+        updates([random_batch(0)], old_logps="guess")
+
+
+def test_mini_batches_are_neighbouring_rows():
+    batch = random_batch(0)
+    parts = split_rows(batch, 2)
+    assert [part.advantages.shape[0] for part in parts] == [B // 2, B // 2]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    chex.assert_trees_all_equal(joined, batch)
+
+
+@pytest.mark.parametrize("source", [POLICY, TEACHER])
+def test_rewarded_tokens_become_likelier_and_the_loss_falls(source):
+    batch = random_batch(0)
+    logps, _ = completion_logps(Bigram(), bigram_params(), batch, temperature=TEMPERATURE)
+    batch = dataclasses.replace(
+        batch,
+        token_source=np.where(batch.token_source == PAD, PAD, source).astype(np.int8),
+        advantages=np.ones((B, T), np.float32),
+        old_logps=np.asarray(logps),
+    )
+    state, losses = new_state(bigram_params(), ADAM), []
+    for _ in range(6):
+        state, info = train_step(
+            Bigram(), ADAM, state, batch, **LOSS, clip_low=None, clip_high=None
+        )
+        losses.append(float(info["loss"]))
+    assert (np.diff(losses) < 0).all()
+    after, _ = completion_logps(Bigram(), state.params, batch, temperature=TEMPERATURE)
+    in_loss = batch.token_source != PAD
+    assert (np.asarray(after) - np.asarray(logps))[in_loss].mean() > 0.1
