@@ -1,4 +1,4 @@
-"""Tests of process reward models: scores against a plain forward, rows that cannot be scored, round trips."""
+"""Tests of process reward models: scores against a plain forward, unscorable rows, round trips."""
 
 import dataclasses
 import json

@@ -1,0 +1,198 @@
+"""Tests of the teachers: whose end token closes a text, and where a worked solution takes over."""
+
+import jax
+import numpy as np
+import pytest
+
+from scope_jax.records import PAD, POLICY, CorrectionRequests, Rollouts
+from scope_jax.teachers import dataset_teacher, model_teacher, remaining_solution
+
+POLICY_EOS, TEACHER_EOS = 0, 9
+
+
+class Characters:
+    """The tokenizer whose ids are code points."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def encode(self, text, *, add_special_tokens):
+        assert not add_special_tokens
+        return list(map(ord, text))
+
+
+def requests(prefixes, budgets, records):
+    """CorrectionRequests of rows of text; what lies after a prefix is not to be read."""
+    width = max(map(len, prefixes)) + 2
+    prefix_ids = np.full((len(prefixes), width), ord("7"), np.int32)
+    for row, prefix in enumerate(prefixes):
+        prefix_ids[row, : len(prefix)] = list(map(ord, prefix))
+    return CorrectionRequests(
+        prompt_ids=np.ones((len(prefixes), 1), np.int32),
+        prompt_mask=np.ones((len(prefixes), 1), bool),
+        prefix_ids=prefix_ids,
+        prefix_length=np.array([len(prefix) for prefix in prefixes], np.int32),
+        budgets=np.array(budgets, np.int32),
+        records=tuple(records),
+    )
+
+
+# --- A model --------------------------------------------------------------------------------------
+
+
+def test_model_teacher_writes_the_policy_s_end_token_for_its_own():
+    ids = np.array(
+        [
+            [3, TEACHER_EOS, 0, 0],
+            [3, 4, 5, 6],
+            [4, 5, 6, TEACHER_EOS],
+            [0] * 4,
+            [TEACHER_EOS, 0, 0, 0],
+        ]
+    )
+    mask = np.arange(4) < np.array([2, 4, 4, 0, 1])[:, None]
+    logps = np.where(mask, -0.5, 0.0).astype(np.float32)
+    asked = []
+
+    def continue_fn(*arguments):
+        asked.append(arguments)
+        return Rollouts(
+            prompt_ids=None, prompt_mask=None,
+            completion_ids=jax.device_put(ids), completion_mask=jax.device_put(mask),
+            token_source=np.where(mask, POLICY, PAD), logps=logps, sampling_logps=logps,
+            finished=np.array([True, False, True, False, True]),
+        )  # fmt: skip
+
+    given, key = requests(["a"] * 5, [4] * 5, [{}] * 5), jax.random.key(0)
+    written = model_teacher(continue_fn, policy_eos_id=7, max_new_tokens=4)(given, key)
+    assert written.ids.tolist() == [[3, 7, 0, 0], [3, 4, 5, 6], [4, 5, 6, 7], [0] * 4, [7, 0, 0, 0]]
+    assert written.stopped.tolist() == [True, False, True, False, True]
+    np.testing.assert_array_equal(written.mask, mask)
+    np.testing.assert_array_equal(written.logps, logps)
+    assert len(asked) == 1 and asked[0][0] is given and asked[0][1] is key and asked[0][2] == 4
+
+
+# --- A worked solution ----------------------------------------------------------------------------
+
+CLIPS = "In May 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72"
+FIRST, SECOND, ANSWER = "In May 48/2 = 24 clips.", "In all 48+24 = 72 clips.", "#### 72"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "lines"),
+    [
+        ("", [FIRST, SECOND, ANSWER]),
+        ("She sold 24 clips in May.\n", [SECOND, ANSWER]),
+        ("In May: 24.", [SECOND, ANSWER]),  # the full stop is no decimal point
+        ("In May: 24, I think", [SECOND, ANSWER]),
+        ("May: $24\nAll: 48+24=72\n", [ANSWER]),  # the answer line stays
+        ("May: 24. All: 72. #### 72", [ANSWER]),
+        ("All: 72\nMay: 24\n", [SECOND, ANSWER]),  # 72 stands before 24
+        ("All: 72\n", [FIRST, SECOND, ANSWER]),  # later results without the first
+        ("In May 48/2 = 12 clips.\n", [FIRST, SECOND, ANSWER]),
+    ],
+)
+def test_solution_goes_on_after_the_results_that_the_prefix_has_in_order(prefix, lines):
+    assert remaining_solution(CLIPS, prefix) == "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("result", "prefix", "reached"),
+    [
+        ("24", "24", True),
+        ("24", "240", False),
+        ("24", "124", False),
+        ("24", "24.5", False),
+        ("24", "0.24", False),
+        ("24", "x=24.", True),
+        ("24", "24,000", False),
+        ("500", "1,500", False),
+        ("1,500", "1500 pens", True),
+        ("1500", "1,500 pens", True),
+        ("1,500", "1,500,000", False),
+        ("1,500", "1", False),
+        ("0.2", "0.2 per minute", True),
+        ("0.2", "10.2", False),
+        ("0.2", "0.25", False),
+        ("0.5", "0.50", True),
+        ("-5", "-5", True),
+        ("5", "-5", False),
+        ("5", "10-5=5", True),
+        ("5", "10-5", False),  # an operand with its sign is not the result
+    ],
+)
+def test_result_is_reached_only_as_a_whole_number(result, prefix, reached):
+    solution = f"It is {result}\n#### 3"
+    assert remaining_solution(solution, f"So: {prefix}\n") == ("#### 3" if reached else solution)
+
+
+def test_equal_results_must_stand_as_often_as_the_solution_has_them():
+    solution = "a = 5\nb = 5\nc = 6\n#### 6"
+    assert remaining_solution(solution, "a is 5.\n") == "b = 5\nc = 6\n#### 6"
+    assert remaining_solution(solution, "a is 5, b is 5.\n") == "c = 6\n#### 6"
+
+
+def test_line_without_a_number_is_written_again_with_all_that_follows():
+    solution = "Let us see.\na = 5\n#### 5"
+    assert remaining_solution(solution, "a is 5.\n") == solution
+
+
+def test_last_number_of_a_line_is_its_result():
+    solution = "3 bags of 4 make 12 pens\nhalf of 12 is 6\n#### 6"
+    assert remaining_solution(solution, "3 times 4 pens\n") == solution
+    assert remaining_solution(solution, "12 pens\n") == "half of 12 is 6\n#### 6"
+
+
+def write(prefixes, budgets, solutions, max_new_tokens=80):
+    """Returns (texts without the end token, ends with the policy's?, the continuations)."""
+    teach = dataset_teacher(Characters(), policy_eos_id=POLICY_EOS, max_new_tokens=max_new_tokens)
+    records = [{} if solution is None else {"solution": solution} for solution in solutions]
+    written = teach(requests(prefixes, budgets, records), jax.random.key(0))
+    assert (
+        written.ids.shape
+        == written.mask.shape
+        == written.logps.shape
+        == (len(prefixes), max_new_tokens)
+    )
+    assert (np.sort(~written.mask, axis=1) == ~written.mask).all()
+    assert (written.ids[~written.mask] == 0).all() and (written.logps == 0).all()
+    rows = [ids[mask].tolist() for ids, mask in zip(written.ids, written.mask, strict=True)]
+    closed = [bool(row) and row[-1] == POLICY_EOS for row in rows]
+    texts = [
+        "".join(map(chr, row[:-1] if end else row)) for row, end in zip(rows, closed, strict=True)
+    ]
+    assert written.stopped.tolist() == closed
+    return texts, closed
+
+
+def test_dataset_teacher_writes_what_the_prefix_lacks_and_closes_it():
+    texts, closed = write(["", "May: 24\n", "May: 24. All: 72\n"], [80] * 3, [CLIPS] * 3)
+    assert texts == [f"{FIRST}\n{SECOND}\n{ANSWER}", f"{SECOND}\n{ANSWER}", ANSWER]
+    assert closed == [True] * 3
+
+
+def test_tokens_after_the_prefix_are_not_read():
+    # `requests` fills them with "7": a prefix "2" would read as 277
+    texts, _ = write(["May: 24\nAll: 2"], [80], ["a = 24\nb = 2\n#### 2"])
+    assert texts == ["#### 2"]
+
+
+def test_solution_and_end_token_must_fit_the_budget():
+    whole = len(ANSWER) + 1  # with the end token
+    prefix = "24 and 72"
+    texts, closed = write([prefix] * 4, [whole, whole - 1, 3, 0], [CLIPS] * 4)
+    assert texts == [ANSWER, ANSWER, ANSWER[:3], ""]
+    assert closed == [True, False, False, False]
+
+
+def test_budget_beyond_the_buffer_is_the_buffer_s():
+    texts, closed = write(
+        ["24 and 72"] * 2, [80, 80], [CLIPS, "#### 7"], max_new_tokens=len(ANSWER)
+    )
+    assert texts == [ANSWER, "#### 7"]
+    assert closed == [False, True]
+
+
+@pytest.mark.parametrize("solution", [None, ""])
+def test_record_without_a_solution_gives_nothing(solution):
+    assert write(["24"], [80], [solution]) == ([""], [False])
