@@ -14,9 +14,7 @@ from scope_jax.records import InputError, TrainState
 
 
 def open_checkpoints(workdir, *, keep: int = 2) -> ocp.CheckpointManager:
-    """Returns the manager of WORKDIR/checkpoints; saves run in the background, the newest `keep`
-    are kept.
-    """
+    """Returns the manager of WORKDIR/checkpoints; the newest `keep` stay, saves are async."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return ocp.CheckpointManager(
         (pathlib.Path(workdir) / "checkpoints").absolute(), options=options

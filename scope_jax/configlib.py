@@ -1,8 +1,8 @@
 """Configs: find and load a config file, apply command-line overrides, shrink for a laptop.
 
-A config file defines `get_config(arg: str = "") -> ConfigDict`; `--config
-configs/worksheet.py:n=6,runlocal` passes "n=6,runlocal" as `arg`. Overrides are typed by the value
-they replace, and an unknown key is an error that names the closest one.
+A config file defines `get_config(arg: str = "") -> ConfigDict`; in `--config FILE:n=6,runlocal` the
+`arg` is "n=6,runlocal". Overrides are typed by the value they replace, and an unknown key is an
+error that names the closest one.
 """
 
 import ast
@@ -87,9 +87,7 @@ def load_config(spec: str, overrides: list[str]) -> ConfigDict:
 
 
 def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -> None:
-    """Sets the dotted `key` of a config to a value of the type it has; text is parsed if
-    `parse`.
-    """
+    """Sets the dotted `key` of a config to a value of the type it has (text, if `parse`)."""
     *parents, leaf = key.split(".")
     node: Any = config
     for depth, name in enumerate([*parents, leaf]):
@@ -107,16 +105,12 @@ def override(config: ConfigDict, key: str, value: Any, *, parse: bool = False) -
             + ", ".join(f"{key}.{name}" for name in group)
         )
     typed = _typed(key, value, node[leaf]) if parse else value
-    with (
-        node.ignore_type()
-    ):  # None <-> number is allowed below, ConfigDict's own check would refuse it
+    with node.ignore_type():  # its own check would refuse None in the place of a number
         node[leaf] = typed
 
 
 def _typed(key: str, text: str, old: Any) -> Any:
-    """Parses text as the type of the value it replaces; "none" stands for None where that is or was
-    allowed.
-    """
+    """Parses text as the type of the value it replaces; "none" switches a float off."""
     if isinstance(old, str):
         return text
     names = {"true": True, "false": False, "none": None}
@@ -143,14 +137,9 @@ def _split_override(text: str) -> tuple[str, str]:
 
 
 def _closest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (
-        f"; did you mean {match[0]!r}?"
-        if match
-        else f"; known: {', '.join(sorted(known))}"
-        if known
-        else ""
-    )
+    if match := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"; did you mean {match[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 def _load_module(path: str):
@@ -176,9 +165,7 @@ def _load_module(path: str):
 
 
 def load_object(reference: str, kind: str) -> Callable:
-    """Returns the object that "package.module:name" names; `kind` says in errors what it was wanted
-    for.
-    """
+    """Returns what "package.module:name" names; `kind` says in errors what it was wanted for."""
     module_name, _, name = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -229,9 +216,6 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat

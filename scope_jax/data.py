@@ -55,8 +55,9 @@ def _lines(file, path) -> Iterator[bytes]:
 
 
 def prompt_iterator(source: Sequence[dict], *, batch_size: int, seed: int, shuffle: bool = True):
-    """Returns an endless, checkpointable Grain iterator over batches (lists) of records; reshuffled
-    every epoch.
+    """Returns an endless, checkpointable Grain iterator over batches (lists) of records.
+
+    The order is a function of the seed and changes every epoch.
 
     Raises:
       InputError: fewer records than one batch.

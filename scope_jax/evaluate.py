@@ -53,8 +53,7 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
 
 
 def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, float]:
-    """Returns pass@1 (mean over samples) and pass@k (k = group_size) on the test split and, if
-    asked for, "ood".
+    """Returns pass@1 (mean over samples) and pass@k (k = group_size) on the test and OOD splits.
 
     The same problems and keys each time, so that two evaluations of a run are paired.
     """

@@ -18,8 +18,7 @@ LOCATORS = ("prm", "oracle", "random", "random_correct", "zero")
 
 
 def first_error_step(step_scores, step_mask, threshold):
-    """Returns the first reasoning step that the PRM scores below `threshold`; -1 where there is
-    none.
+    """Returns the first step that the PRM scores below `threshold`; -1 where there is none.
 
     The -1 convention is ProcessBench's (https://arxiv.org/abs/2412.06559). Padded steps are never
     reported.
@@ -150,8 +149,7 @@ def select_candidates(
 def rank_candidates(
     candidates, first_error, step_scores, step_mask, *, group_size, n_correct, limit=None
 ):
-    """Orders each group's candidates by the share of their steps that is right, and returns the
-    best rows.
+    """Returns each group's candidates with the largest share of right steps.
 
     Ties go to the higher mean score of the kept prefix, then to the earlier row.
 
@@ -172,9 +170,7 @@ def rank_candidates(
     correct_share = first_error / jnp.maximum(step_mask.sum(-1), 1)
     prefix_score = jnp.where(kept, step_scores, 0.0).sum(-1) / jnp.maximum(kept.sum(-1), 1)
     columns = [x.reshape(-1, group_size) for x in (-prefix_score, -correct_share, ~candidates)]
-    order = jnp.lexsort(columns, axis=-1)[
-        :, :take
-    ]  # the last column is the primary key: candidates first
+    order = jnp.lexsort(columns, axis=-1)[:, :take]  # the LAST column is the primary key
     rows = order + group_size * jnp.arange(order.shape[0])[:, None]
     is_real = candidates[rows]
     if limit is not None:
@@ -183,13 +179,10 @@ def rank_candidates(
 
 
 def random_wrong_rows(rewards, key, *, group_size, count, solved_at=1.0):
-    """Returns [P * count] int32 distinct random rows of each group, wrong ones first
-    (insert="replace_random_wrong").
-    """
+    """Returns [P * count] int32 distinct random rows of each group, wrong ones first."""
     wrong = (rewards < solved_at).reshape(-1, group_size)
-    order = jnp.argsort(jax.random.uniform(key, wrong.shape) + jnp.where(wrong, 0.0, 1.0), axis=-1)[
-        :, :count
-    ]
+    scores = jax.random.uniform(key, wrong.shape) + jnp.where(wrong, 0.0, 1.0)
+    order = jnp.argsort(scores, axis=-1)[:, :count]
     return (order + group_size * jnp.arange(order.shape[0])[:, None]).reshape(-1).astype(jnp.int32)
 
 
@@ -205,8 +198,7 @@ def plan_corrections(
     rewards, finished, step_scores, step_ends, step_mask, keys, *, group_size, solved_at, n_correct,
     spare_last_wrong, replace_random, locator, tau, on_no_error, **select_options,
 ):  # fmt: skip
-    """Locates the first errors and decides which rollouts are cut where: all of the above in one
-    program.
+    """Decides which rollouts are cut where: all of the above in one program.
 
     Args:
       keys: (of the locator, of random replacement).

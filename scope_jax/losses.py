@@ -19,11 +19,10 @@ OFF_POLICY = ("shaped", "linear", "teacher_prob", "sft")
 
 
 def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
-    """Returns the log-prob of each target token and the entropy of each position, without a [B, T,
-    V] array.
+    """Returns each target token's log-prob and each position's entropy, chunk by chunk.
 
-    Positions are taken `chunk_size` at a time, each chunk's logits recomputed in the backward pass,
-    so that memory holds [chunk_size, V] at once, forward and backward.
+    Each chunk's logits are recomputed in the backward pass, so that forward and backward hold a
+    [chunk_size, V] array and never one of [B, T, V].
 
     Args:
       hidden: [B, T, D]; hidden[:, t] predicts targets[:, t].
@@ -40,17 +39,14 @@ def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
     count = rows * length
     chunk = min(chunk_size, count)
     padding = -count % chunk
-    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(
-        -1, chunk, width
-    )
+    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
+    flat_hidden = flat_hidden.reshape(-1, chunk, width)
     flat_targets = jnp.pad(targets.reshape(count), (0, padding)).reshape(-1, chunk)
 
     @jax.checkpoint
     def one_chunk(chunk_hidden, chunk_targets):
-        logits = (chunk_hidden @ unembed.astype(chunk_hidden.dtype)).astype(
-            jnp.float32
-        ) / temperature  # [chunk, V]
-        logps = jax.nn.log_softmax(logits, axis=-1)
+        logits = chunk_hidden @ unembed.astype(chunk_hidden.dtype)  # [chunk, V]
+        logps = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
         picked = jnp.take_along_axis(logps, chunk_targets[:, None], axis=-1)[:, 0]
         return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
 
@@ -143,22 +139,16 @@ def token_advantages(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "group_size",
-        "scale",
-        "baseline",
-        "prefix_in_loss",
-        "w_prefix",
-        "w_correction",
+        "group_size", "scale", "baseline", "prefix_in_loss", "w_prefix", "w_correction",
         "salvage_only",
     ),
-)
+)  # fmt: skip
 def assign_credit(
     rewards, token_source, row_mask, *, group_size, scale, baseline, prefix_in_loss=True,
     w_prefix=1.0, w_correction=1.0,
     salvage_only=False,
 ):  # fmt: skip
-    """Row advantages, spread over the tokens that are in the loss; the two functions above in one
-    program.
+    """Spreads row advantages over the tokens that are in the loss, in one program.
 
     Args:
       rewards: [B] float32; token_source: [B, T] int8; row_mask: [B] bool, False on empty slots.
@@ -189,8 +179,7 @@ def assign_credit(
 
 
 def shape_off_policy(prob, gamma=0.1):
-    """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on tokens that the policy
-    finds unlikely.
+    """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on unlikely tokens.
 
     The weight on grad log p is gamma * p / (p + gamma)^2: 0.25 at p = 0.1, 0.0826446 at p = 1 and
     at p = 0.01.
@@ -202,8 +191,7 @@ def shape_off_policy(prob, gamma=0.1):
 
 
 def loss_denominator(mask, loss_agg):
-    """Returns the [] float32 count that `aggregate` divides by: rows with a token in the loss, or
-    such tokens.
+    """Returns what `aggregate` divides by: the rows with a token in the loss, or such tokens.
 
     Micro-batches weigh their losses by their share of it, so that their sum is the full batch's
     loss.
@@ -318,8 +306,9 @@ def policy_loss(
 
 
 def kl_penalty(logps, ref_logps, token_source):
-    """Returns the k3 estimate of KL(policy || reference) per token, 0 off POLICY tokens
-    (http://joschu.net/blog/kl-approx.html).
+    """Returns the k3 estimate of KL(policy || reference) per token, 0 off POLICY tokens.
+
+    Source: http://joschu.net/blog/kl-approx.html
 
     Args:
       logps, ref_logps: [B, T] float32.

@@ -16,9 +16,7 @@ def default_config() -> ConfigDict:
             "seed": 0,
             "total_steps": 500,  # may be raised to continue a finished run
             # Where problems and rewards come from
-            "task": {
-                "module": ""
-            },  # "package.module" with problems(split, **the other keys); see scope_jax/tasks
+            "task": {"module": ""},  # with problems(split, **the other keys); see scope_jax/tasks
             "reward": {
                 # "package.module:function", (gold: str, completion: str) -> bool or float
                 "fn": "",

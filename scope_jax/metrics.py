@@ -256,9 +256,7 @@ def _finite(value) -> float | None:
 
 
 def _step_of(line: str) -> float:
-    """Returns the step of a metrics line; a torn last line of a killed run counts as beyond every
-    step.
-    """
+    """Returns the step of a metrics line; a torn line of a killed run is beyond every step."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

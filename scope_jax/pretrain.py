@@ -88,54 +88,52 @@ def solved_sheets(
     return np.concatenate([sheet.reshape(rows, -1), solved, end], axis=1).astype(np.int32), 3 * n
 
 
-def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
+def fit(params, loss_fn, next_batch, *, steps: int, peak: float, name: str):
+    """Trains with AdamW under a warmed-up cosine; returns params.
+
+    Args:
+      params: donated.
+      loss_fn: (params, batch) -> [] float32.
+      next_batch: () -> a batch, a tree of host arrays; a new shape is compiled anew.
+      steps, peak: updates, and the highest learning rate.
+      name: of the model, for the progress lines.
+    """
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(100, steps // 10), steps, 0.02 * peak)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
-    )
+    adamw = optax.adamw(rate, b2=0.98, weight_decay=0.01)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt_state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "optimizer", "prompt_length"),
-    donate_argnames=("params", "opt"),
-)
-def text_step(model, optimizer, params, opt, ids, *, prompt_length):
-    """One supervised update on the solutions of whole sheets; returns (params, opt, loss)."""
-
-    def loss_fn(params):
-        positions = jnp.broadcast_to(
-            jnp.arange(ids.shape[1] - 1)[None], (ids.shape[0], ids.shape[1] - 1)
-        )
-        hidden, _ = model(params, ids[:, :-1], positions=positions)
-        logits = hidden[:, prompt_length - 1 :] @ model.unembed(params)
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, ids[:, prompt_length:]
-        ).mean()
-
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, opt = optimizer.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt, loss
-
-
-def train_text(
-    model, params, *, steps: int, peak: float, rows: int, hard: dict[str, int], seed: int, name: str
-):
-    """Trains on freshly drawn sheets of 2 .. MAX_SUMS sums; returns params."""
-    optimizer = make_optimizer(steps, peak)
-    opt, rng, start = optimizer.init(params), np.random.default_rng(seed), time.time()
+    opt_state, start = optimizer.init(params), time.time()
     for step in range(1, steps + 1):
-        ids, prompt_length = solved_sheets(rows, int(rng.integers(2, MAX_SUMS + 1)), rng, hard)
-        params, opt, loss = text_step(
-            model, optimizer, params, opt, ids, prompt_length=prompt_length
-        )
+        params, opt_state, loss = update(params, opt_state, next_batch())
         if step % 250 == 0 or step == steps:
-            print(
-                f"{name:8} step {step:5}/{steps}  loss {float(loss):.3f}  "
-                f"{time.time() - start:.0f}s",
-                flush=True,
-            )
+            took = f"{time.time() - start:.0f}s"
+            print(f"{name:8} step {step:5}/{steps}  loss {float(loss):.3f}  {took}", flush=True)
     return params
+
+
+def train_text(model, params, *, rows: int, hard: dict[str, int], seed: int, **schedule):
+    """Trains on the solutions of freshly drawn sheets of 2 .. MAX_SUMS sums; returns params."""
+    rng = np.random.default_rng(seed)
+
+    def next_batch():
+        ids, prompt_length = solved_sheets(rows, int(rng.integers(2, MAX_SUMS + 1)), rng, hard)
+        return {"sheets": ids[:, :prompt_length], "solutions": ids[:, prompt_length:]}
+
+    def loss_fn(params, batch):
+        ids = jnp.concatenate([batch["sheets"], batch["solutions"]], axis=1)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1] - 1)[None], ids[:, 1:].shape)
+        hidden, _ = model(params, ids[:, :-1], positions=positions)
+        logits = hidden[:, batch["sheets"].shape[1] - 1 :] @ model.unembed(params)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["solutions"])
+        return losses.mean()
+
+    return fit(params, loss_fn, next_batch, **schedule)
 
 
 def tokenize_sheets(records: list[dict], tokenizer, bucket: int):
@@ -187,44 +185,25 @@ def label_rollouts(model, params, tokenizer, *, count: int, seed: int):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("prm", "optimizer"), donate_argnames=("params", "opt"))
-def prm_step(prm, optimizer, params, opt, batch):
-    """One update of backbone and head on step labels; returns (params, opt, loss)."""
+def train_prm(prm, params, data, *, rows: int, seed: int, **schedule):
+    """Trains a PRM, backbone and head, on the step labels of `label_rollouts`; returns params."""
+    rng = np.random.default_rng(seed)
 
-    def loss_fn(params):
-        logits = prm.logits(
-            params, batch["ids"], positions_from_mask(batch["mask"]), batch["score_positions"]
-        )
+    def next_batch():
+        chosen = rng.integers(0, len(data["ids"]), rows)
+        return {name: value[chosen] for name, value in data.items()}
+
+    def loss_fn(params, batch):
+        positions = positions_from_mask(batch["mask"])
+        logits = prm.logits(params, batch["ids"], positions, batch["score_positions"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.where(batch["step_mask"], losses, 0.0).sum() / batch["step_mask"].sum()
 
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, opt = optimizer.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt, loss
-
-
-def train_prm(prm, params, data, *, steps: int, peak: float, rows: int, seed: int):
-    """Trains a PRM on labelled rollouts; returns params."""
-    optimizer = make_optimizer(steps, peak)
-    opt, rng, start = optimizer.init(params), np.random.default_rng(seed), time.time()
-    for step in range(1, steps + 1):
-        chosen = rng.integers(0, len(data["ids"]), rows)
-        params, opt, loss = prm_step(
-            prm, optimizer, params, opt, {k: v[chosen] for k, v in data.items()}
-        )
-        if step % 250 == 0 or step == steps:
-            print(
-                f"prm      step {step:5}/{steps}  loss {float(loss):.3f}  "
-                f"{time.time() - start:.0f}s",
-                flush=True,
-            )
-    return params
+    return fit(params, loss_fn, next_batch, **schedule)
 
 
 def first_error_accuracy(prm, params, data, threshold: float = 0.5) -> dict[str, float]:
-    """Returns how often the first step below `threshold` is the checker's, on wrong and on right
-    rollouts.
-    """
+    """Returns how often a PRM's first error is the checker's, on wrong and on right rollouts."""
     scores = score_steps(
         prm, params, data["ids"], data["mask"], data["score_positions"], data["step_mask"]
     )
@@ -246,13 +225,10 @@ def solve_rate(model, params, tokenizer, n: int, count: int = 256) -> float:
         model, params, prompts.ids, prompts.mask, jax.random.key(1), group_size=1,
         max_new_tokens=5 * n + 1, eos_ids=(tokenizer.eos_token_id,),
     )  # fmt: skip
-    texts = decode_completions(
-        tokenizer, *jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
-    )
-    return (
-        sum(worksheet.verify(r["gold"], text) for r, text in zip(records, texts, strict=True))
-        / count
-    )
+    completions = jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
+    texts = decode_completions(tokenizer, *completions)
+    solved = [worksheet.verify(r["gold"], text) for r, text in zip(records, texts, strict=True)]
+    return sum(solved) / count
 
 
 def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
@@ -261,37 +237,24 @@ def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
     model = Transformer(
         TransformerConfig(
             vocab_size=len(VOCAB), embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4,
-            head_dim=32, mlp_dim=192,
-            tie_embeddings=True, max_position=256,
+            head_dim=32, mlp_dim=192, tie_embeddings=True, max_position=256,
         )
     )  # fmt: skip
     params = model.init(jax.random.key(seed))
-    params["embed"] *= (
-        # at the usual 0.02 the look-up of a sum by its label takes three times as long to form
-        10.0
-    )
-    params = train_text(
-        model, params, steps=steps, peak=3e-3, rows=rows, hard=hard, seed=seed, name="policy"
-    )
-    teacher = train_text(
-        model, jax.tree.map(jnp.copy, params), steps=steps // 4, peak=2e-3, rows=rows, hard={},
-        seed=seed + 1,
-        name="teacher",
-    )  # fmt: skip
-    prm = PRM(model)
-    prm_params = {
-        "backbone": jax.tree.map(jnp.copy, teacher),
-        "head": prm.init_head(jax.random.key(seed + 2)),
-    }
+    # At the usual 0.02 the look-up of a sum by its label takes three times as long to form.
+    params["embed"] *= 10.0
+    text = {"rows": rows, "steps": steps, "peak": 3e-3}
+    params = train_text(model, params, hard=hard, seed=seed, name="policy", **text)
+    copy = functools.partial(jax.tree.map, jnp.copy)  # training donates its params
+    text |= {"steps": steps // 4, "peak": 2e-3}
+    teacher = train_text(model, copy(params), hard={}, seed=seed + 1, name="teacher", **text)
     data = label_rollouts(model, params, tokenizer, count=max(64 * rows, 512), seed=seed)
-    split = len(data["ids"]) // 8
     order = np.random.default_rng(seed).permutation(len(data["ids"]))
-    held_out, train = (
-        {k: v[rows_] for k, v in data.items()} for rows_ in (order[:split], order[split:])
-    )
-    prm_params = train_prm(
-        prm, prm_params, train, steps=steps // 4, peak=2e-3, rows=rows, seed=seed
-    )
+    part = lambda chosen: {name: value[chosen] for name, value in data.items()}  # noqa: E731
+    held_out, train = part(order[: len(order) // 8]), part(order[len(order) // 8 :])
+    prm = PRM(model)
+    prm_params = {"backbone": copy(teacher), "head": prm.init_head(jax.random.key(seed + 2))}
+    prm_params = train_prm(prm, prm_params, train, seed=seed, name="prm", **text)
 
     stored = jnp.dtype(ml_dtypes.bfloat16)
     cast = functools.partial(jax.tree.map, lambda x: x.astype(stored).astype(jnp.float32))

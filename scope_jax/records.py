@@ -1,7 +1,7 @@
 """The records that flow between the stages, and the glossary of their shapes.
 
-B   rollouts of a training step, row-major by prompt: B = P * G (+ P * extra slots with
-insert="append") P   prompts of a training step
+B   rollouts of a training step, row-major by prompt: B = P * G (more slots with insert="append")
+P   prompts of a training step
 G   rollouts sampled per prompt (`group_size`)
 N   prompt tokens, LEFT-padded to a bucket
 T   completion tokens, right-padded, the end-of-sequence token kept
@@ -27,9 +27,7 @@ Array = jax.Array | np.ndarray
 
 
 class InputError(ValueError):
-    """What the user gave (a config, a file, an argument) is wrong. Commands print its one line and
-    exit with 2.
-    """
+    """The user's config, file or argument is wrong; commands print its one line and exit with 2."""
 
 
 @struct.dataclass
@@ -51,9 +49,7 @@ class Rollouts:
     completion_mask: Array  # [B, T] bool
     token_source: Array  # [B, T] int8
     logps: Array  # [B, T] float32, full vocabulary, temperature-scaled: the pi_old of every ratio
-    sampling_logps: (
-        Array  # [B, T] float32, of the (truncated) distribution drawn from; a diagnostic
-    )
+    sampling_logps: Array  # [B, T] float32, of the distribution drawn from; never in a ratio
     finished: Array  # [B] bool, an end token was sampled within the budget
 
 
@@ -67,16 +63,12 @@ class StepScores:
 
 @struct.dataclass
 class CorrectionRequests:
-    """Rollouts cut before their first wrong step, for a teacher to continue. C rows, some of them
-    filling.
-    """
+    """Rollouts cut before their first wrong step; some of the C rows are filling."""
 
     prompt_ids: Array  # [C, N] int32
     prompt_mask: Array  # [C, N] bool
-    prefix_ids: (
-        Array  # [C, T] int32; the first prefix_length tokens are the policy's own and are kept
-    )
-    prefix_length: Array  # [C] int32
+    prefix_ids: Array  # [C, T] int32
+    prefix_length: Array  # [C] int32; so many of them are the policy's own and are kept
     budgets: Array  # [C] int32, tokens the teacher may write; 0 on filling rows
     records: tuple[dict[str, Any], ...] = struct.field(pytree_node=False)  # C rows of the data set
 

@@ -140,9 +140,7 @@ def verify_batch(
 def score_completions(
     fn: Callable[[str, str], bool | float], golds: Sequence[str], completions: Sequence[str]
 ) -> list[float]:
-    """Returns fn(gold, completion) of each pair as a float; `verify` goes through the worker pool
-    as one batch.
-    """
+    """Returns fn(gold, completion) of each pair as a float; `verify` runs as one batch."""
     if fn is verify:
         return [float(right) for right in verify_batch(golds, completions)]
     return [float(fn(gold, text)) for gold, text in zip(golds, completions, strict=True)]

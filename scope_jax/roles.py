@@ -46,7 +46,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         model, config=dataclasses.replace(model.config, remat=config.model.remat)
     )
     tokenizer, eos_ids = load_tokenizer(config.model.path)
-    check_sizes(config, mesh)
+    check_options(config, mesh)
     longest = config.data.max_prompt_length + max(
         config.sample.max_new_tokens, config.eval.max_new_tokens
     )
@@ -89,8 +89,14 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     return policy, params
 
 
-def check_sizes(config: ConfigDict, mesh) -> None:
-    """Raises InputError where a step's batches do not divide into parts and over the mesh."""
+def check_options(config: ConfigDict, mesh) -> None:
+    """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
+    for key, known in {
+        "insert": ("replace_source", "append", "replace_random_wrong"),
+        "accept": ("verified_correct", "prm_ok", "any"),
+    }.items():
+        if config.correct[key] not in known:
+            raise InputError(f"correct.{key}={config.correct[key]!r} is none of {', '.join(known)}")
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
     rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]

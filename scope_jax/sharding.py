@@ -78,8 +78,7 @@ def spec(axes: tuple[str | None, ...], rules: Rules = TRAINING) -> PartitionSpec
 
 
 def shardings(declared, mesh: Mesh, rules: Rules = TRAINING):
-    """Returns the tree of shardings for a tree of weight declarations (anything with `shape` and
-    `axes`).
+    """Returns the tree of shardings for a tree of weights, anything with `shape` and `axes`.
 
     Raises:
       InputError: a dimension that its mesh axis does not divide.
@@ -100,8 +99,7 @@ def shardings(declared, mesh: Mesh, rules: Rules = TRAINING):
 
 
 def put_batch(tree, mesh: Mesh, rules: Rules = TRAINING):
-    """Copies host arrays [B, ...] to the mesh, rows split over its batch axes (explicit, so
-    transfer guards allow it).
+    """Copies host arrays [B, ...] to the mesh, their rows split over its batch axes.
 
     Raises:
       InputError: rows that the mesh does not divide.

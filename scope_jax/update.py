@@ -47,9 +47,7 @@ def make_optimizer(
     weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns AdamW with a clipped global gradient norm; `total_steps` and `warmup_steps` count
-    optimizer updates.
-    """
+    """Returns AdamW under a schedule and a clipped gradient norm; steps are optimizer updates."""
     rate = make_schedule(
         schedule,
         learning_rate=learning_rate,
@@ -101,9 +99,7 @@ def batch_loss(
     kl_coef=0.0,
     chunk_size=1024,
 ):
-    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL, all with
-    one aggregation.
-    """
+    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL."""
     logps, entropy = completion_logps(
         model, params, batch, temperature=temperature, chunk_size=chunk_size
     )
@@ -135,9 +131,7 @@ def batch_loss(
 
 
 def init_state(optimizer, params, step: int = 0) -> TrainState:
-    """Returns the state of a run that has not started; moments lie on the devices as their params
-    do.
-    """
+    """Returns the state of a new run; moments lie on the devices as their params do."""
     shapes = jax.eval_shape(optimizer.init, params)
     mesh_scalar = jax.tree.leaves(params)[0].sharding
     if isinstance(mesh_scalar, NamedSharding):
@@ -277,9 +271,7 @@ def update_policy(
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size", "field"))
 def fill_logps(model, params, batch: TrainBatch, *, temperature, chunk_size, field) -> TrainBatch:
-    """Returns the batch with `field` set to the log-probs of POLICY tokens under `params`; TEACHER
-    ones stay.
-    """
+    """Returns the batch with `field` recomputed under `params`; TEACHER tokens keep old_logps."""
     logps, _ = completion_logps(
         model, params, batch, temperature=temperature, chunk_size=chunk_size
     )

@@ -304,7 +304,7 @@ def test_locate_agrees_with_a_slow_twin():
             assert found.tolist() == want
 
 
-@pytest.mark.parametrize("locator", ["prm", "random", "random_correct", "zero"])
+@pytest.mark.parametrize("locator", ["prm", "random_correct", "zero"])
 def test_locate_is_the_same_eager_and_jitted(locator):
     device = jax.device_put(random_rows(0))
     eager = locate(device["scores"], device["mask"], jax.random.key(5), locator=locator, tau=0.75)
@@ -324,15 +324,24 @@ def test_unknown_locator_or_fallback_is_an_error_that_names_the_choices():
 # --- Candidates -----------------------------------------------------------------------------------
 
 
-def candidates_of(rewards, first_error, *, steps=4, finished=None, scores=None, **options):
-    """`select_candidates` of rows that all have `steps` right steps, unless told otherwise."""
-    rows = len(rewards)
-    scores = np.ones((rows, steps)) if scores is None else np.asarray(scores, np.float32)
-    finished = np.ones(rows, bool) if finished is None else np.asarray(finished)
-    return jit_select(
-        np.asarray(rewards, np.float32), finished, np.asarray(first_error, np.int32), scores,
-        np.ones((rows, steps), bool), group_size=options.pop("group_size", rows), **options,
-    ).tolist()  # fmt: skip
+def candidates_of(rewards, first_error, *, steps=4, scores=None, finished=None, **options):
+    """`select_candidates` of rows whose `steps` steps are right, unless told otherwise.
+
+    Padded to [B, S], so that all these tests share the compiled operations.
+    """
+    rows, padded = len(rewards), np.ones((B, S), np.float32)
+    if scores is not None:
+        padded[:rows, :steps] = scores
+    selected = select_candidates(
+        np.resize(np.array(rewards, np.float32), B),
+        np.resize(np.ones(rows, bool) if finished is None else finished, B),
+        np.resize(np.array(first_error, np.int32), B),
+        padded,
+        np.arange(S)[None, :] < np.full((B, 1), steps),
+        group_size=options.pop("group_size", rows),
+        **options,
+    )
+    return selected[:rows].tolist()
 
 
 def test_wrong_rows_with_a_marked_step_are_candidates():
@@ -396,11 +405,9 @@ def test_solved_at_says_what_is_wrong():
 
 
 def test_unscored_row_is_no_candidate_even_if_its_first_error_says_so():
-    found = jit_select(
-        np.zeros(2), np.ones(2, bool), np.array([1, 0], np.int32), np.zeros((2, 3)),
-        np.zeros((2, 3), bool), group_size=2, min_prefix_steps=0, select="any",
-    )  # fmt: skip
-    assert found.tolist() == [False, False]
+    options = {"min_prefix_steps": 0, "select": "any", "group_size": G}
+    assert candidates_of([0] * 4, [0, 0, 1, 2], steps=0, **options) == [False] * 4
+    assert candidates_of([0] * 4, [0, 0, 1, 2], steps=3, **options) == [True] * 4
 
 
 OPTIONS = [
@@ -446,61 +453,50 @@ def test_unknown_selection_or_trigger_is_an_error():
 # --- Ranking --------------------------------------------------------------------------------------
 
 
-def rank(candidates, first_error, scores, mask=None, **options):
-    scores = np.asarray(scores, np.float32)
-    mask = np.ones(scores.shape, bool) if mask is None else np.asarray(mask, bool)
-    first_error = np.asarray(first_error, np.int32)
-    rows, is_real = jit_rank(np.asarray(candidates, bool), first_error, scores, mask, **options)
+def rank(given, n_correct=-1, limit=None):
+    """Ranks the given candidates, {row: (first error, scores)}; all other rows are none."""
+    candidates, first_error = np.zeros(B, bool), np.zeros(B, np.int32)
+    scores, mask = np.zeros((B, S), np.float32), np.zeros((B, S), bool)
+    for row, (first, row_scores) in given.items():
+        candidates[row], first_error[row] = True, first
+        scores[row, : len(row_scores)], mask[row, : len(row_scores)] = row_scores, True
+    rows, is_real = rank_candidates(
+        candidates, first_error, scores, mask, group_size=G, n_correct=n_correct, limit=limit
+    )
     assert rows.dtype == np.int32 and is_real.dtype == bool
-    return rows.tolist(), is_real.tolist()
+    return np.asarray(rows)[np.asarray(is_real)].tolist()
 
 
 def test_largest_correct_share_comes_first():
-    # Shares 1/4, 3/4, 2/4 and, of two steps, 1/2 with a better prefix.
-    scores = [[0.9] * 4, [0.6] * 4, [0.7] * 4, [0.8, 0.1, 0.0, 0.0]]
-    mask = np.arange(4)[None, :] < np.array([4, 4, 4, 2])[:, None]
-    rows, is_real = rank([1, 1, 1, 1], [1, 3, 2, 1], scores, mask, group_size=4, n_correct=-1)
-    assert rows == [1, 3, 2, 0]
-    assert is_real == [True] * 4
+    shares = {0: 1 / 4, 1: 3 / 4, 2: 2 / 4, 3: 2 / 3}
+    given = {0: (1, [0.9] * 4), 1: (3, [0.6] * 4), 2: (2, [0.7] * 4), 3: (2, [0.5] * 3)}
+    assert rank(given) == sorted(shares, key=shares.get, reverse=True)
 
 
 def test_equal_shares_go_to_the_better_prefix_then_to_the_earlier_row():
-    scores = [[0.6, 0.8, 0.0], [0.9, 0.7, 0.0], [0.8, 0.8, 0.0], [0.7, 0.7, 0.4]]
-    # means of two steps: (0.6+0.8)/2 = 0.7, (0.9+0.7)/2 = 0.8, (0.8+0.8)/2 = 0.8, 0.7
-    scores = np.round(np.array(scores) * 8) / 8  # exact in float32
-    scores[[0, 3], :2], scores[[1, 2], :2] = [[0.5, 0.75], [0.625, 0.625]], [[1, 0.5], [0.75, 0.75]]
-    rows, _ = rank([1] * 4, [2] * 4, scores, group_size=4, n_correct=-1)
-    assert rows == [1, 2, 0, 3]
+    scores = {0: [0.5, 0.75], 1: [1.0, 0.5], 2: [0.75, 0.75], 3: [0.625, 0.625]}
+    means = {0: (0.5 + 0.75) / 2, 1: (1 + 0.5) / 2, 2: 0.75, 3: 0.625}
+    given = {row: (2, [*prefix, 0.0, 0.0]) for row, prefix in scores.items()}
+    assert rank(given) == sorted(means, key=means.get, reverse=True) == [1, 2, 0, 3]
 
 
 def test_scores_behind_the_prefix_do_not_count():
-    rows, _ = rank([1, 1], [1, 1], [[0.5, 1.0], [0.75, 0.0]], group_size=2, n_correct=-1)
-    assert rows == [1, 0]
+    assert rank({0: (1, [0.5, 1.0]), 1: (1, [0.75, 0.0])}) == [1, 0]
 
 
-def test_candidates_come_before_all_others():
-    rows, is_real = rank([0, 0, 1], [2, 1, 0], [[0.9, 0.9]] * 3, group_size=3, n_correct=2)
-    assert rows[0] == 2
-    assert is_real == [True, False]
+def test_rows_that_are_no_candidates_are_never_ranked():
+    assert rank({2: (0, [0.1, 0.1]), 9: (1, [0.9, 0.9])}) == [2, 9]
 
 
 def test_each_group_gives_its_own_best_rows():
-    rows, is_real = rank([1, 1, 0, 1], [1, 2, 2, 1], [[0.9] * 3] * 4, group_size=2, n_correct=1)
-    assert rows == [1, 3]
-    assert is_real == [True, True]
-
-
-def test_more_repairs_than_rows_is_every_row():
-    rows, _ = rank([1, 1], [1, 1], [[0.9] * 3] * 2, group_size=2, n_correct=5)
-    assert rows == [0, 1]
+    given = {0: (1, [0.9] * 3), 1: (2, [0.9] * 3), 7: (1, [0.9] * 3), 8: (1, [0.9]), 11: (0, [0.9])}
+    assert rank(given, n_correct=1) == [1, 7, 8]
+    assert rank(given, n_correct=99) == rank(given) == [1, 0, 7, 8, 11]
 
 
 def test_limit_takes_the_best_rows_of_each_group():
-    arguments = ([1] * 6, [1, 2, 3, 3, 2, 1], [[0.9] * 4] * 6)
-    limit = np.array([1, -1], np.int32)
-    rows, is_real = rank(*arguments, group_size=3, n_correct=-1, limit=limit)
-    assert rows == [2, 1, 0, 3, 4, 5]
-    assert is_real == [True, False, False, False, False, False]
+    given = {row: (row % G + 1, [0.9] * 5) for row in range(B)}
+    assert rank(given, limit=np.array([1, -1, 2], np.int32)) == [3, 11, 10]
 
 
 def test_ranking_agrees_with_a_slow_twin_eager_and_jitted():
@@ -512,7 +508,7 @@ def test_ranking_agrees_with_a_slow_twin_eager_and_jitted():
         candidates = (rng.random(B) < 0.7) & (steps > 0)
         limit = rng.integers(-1, G + 1, P).astype(np.int32)
         device, take = jax.device_put(rows), G if n_correct < 0 else n_correct
-        for rank_fn in (rank_candidates, jit_rank):
+        for rank_fn in (rank_candidates, jit_rank)[: 2 if seed < 2 else 1]:
             found, is_real = jax.device_get(
                 rank_fn(
                     np.asarray(candidates), np.asarray(first), device["scores"], device["mask"],

@@ -402,18 +402,18 @@ class CountingBigram(Bigram):
         cls.calls += 1
 
 
-def test_loop_stops_when_every_row_has_ended():
-    ids, mask = np.array([[6], [7]]), np.ones((2, 1), bool)
+def test_loop_stops_when_every_row_has_ended_or_spent_its_budget():
+    ids, mask = np.array([[6], [2]]), np.ones((2, 1), bool)
     rollouts = generate(
-        CountingBigram(), SUCCESSOR, ids, mask, jax.random.key(0), group_size=1, max_new_tokens=50,
-        eos_ids=(END,), temperature=0.0,
+        CountingBigram(), SUCCESSOR, ids, mask, jax.random.key(0), group_size=1,
+        max_new_tokens=np.array([50, 3]), eos_ids=(END,), temperature=0.0,
     )  # fmt: skip
     jax.block_until_ready(rollouts)
     jax.effects_barrier()
-    assert rollouts.completion_mask.sum(-1).tolist() == [3, 2]
+    assert written(rollouts) == [[7, 8, END], [3, 4, 5]]
     assert (
         CountingBigram.calls == 1 + 2
-    )  # the prompts, then tokens 7 and 8; an end token is never read
+    )  # the prompts and two columns: a row's last token is not read
 
 
 # --- continue_from --------------------------------------------------------------------------------

@@ -254,6 +254,30 @@ def test_a_random_prm_head_says_so(tmp_path, language_model, capsys):
     assert "RANDOM head" in capsys.readouterr().out
 
 
+def test_a_users_own_task_reward_and_config(tmp_path, monkeypatch):
+    """Ten lines each: a module with problems(), a reward function, a config that names them."""
+    (tmp_path / "my_task.py").write_text(
+        "def problems(split, *, count):\n"
+        "    return [{'id': f'{split}-{i}', 'problem': f'a2+{2 + i % 8}?', 'gold': 'a2'}"
+        " for i in range(count)]\n"
+        "def starts_right(gold: str, completion: str) -> float:\n"
+        "    return 1.0 if completion.startswith(gold) else 0.25\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        "from scope_jax.configlib import load_config\n"
+        "def get_config(arg=''):\n"
+        "    config = load_config('worksheet:n=3,runlocal', [])\n"
+        "    config.task = {'module': 'my_task', 'count': 8}\n"
+        "    config.reward.fn = 'my_task:starts_right'\n"
+        "    return config\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(tmp_path / "run", config=str(tmp_path / "mine.py"))
+    for row in training_rows(tmp_path / "run"):
+        solved = row["solve_rate"]
+        assert row["reward"] == pytest.approx(solved + 0.25 * (1 - solved))
+
+
 # --------------------------------------------------------------------- bad input
 
 
@@ -277,6 +301,8 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
         ("--config.learn.mini_batches=3", "do not divide"),
         ("--config.teacher.kind=oracle", 'teacher.kind must be "model" or "dataset"'),
         ("--config.locate.locator=prn", "locator must be one of"),
+        ("--config.correct.insert=replace", "is none of replace_source, append"),
+        ("--config.correct.accept=all", "is none of verified_correct, prm_ok, any"),
         ("--config.loss.off_policy=shape", "off_policy must be one of"),
         ("--config.optimizer.schedule=cos", "schedule must be one of"),
         ("--config.reward.fn=scope_jax.rewards:verfy", "did you mean 'verify'?"),

@@ -24,6 +24,8 @@ from scope_jax.models.transformer import Transformer, TransformerConfig, Weight,
 from scope_jax.records import InputError
 from scope_jax.sharding import TRAINING, shardings
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not expected here
+
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -50,9 +52,7 @@ def load_hf(path_or_hub_id, *, mesh=None, rules=None, dtype=None):
 
 
 def resolve(path_or_hub_id) -> pathlib.Path:
-    """Returns the local directory of a checkpoint, fetching it only if it looks like a hub id and
-    is no path.
-    """
+    """Returns a checkpoint's directory; fetches it only if it looks like a hub id, not a path."""
     text = str(path_or_hub_id)
     if not text:
         raise InputError(
@@ -165,9 +165,6 @@ def load_tokenizer(path_or_hub_id):
     Raises:
       InputError: the directory has none, or it has no end token.
     """
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # "PyTorch was not found" is no news here
     from transformers import (
         AutoTokenizer,
     )  # seconds to import: only commands that need text pay for it
@@ -297,9 +294,7 @@ def load_tree(
 
 
 def to_hf_tensors(declared, params) -> dict[str, np.ndarray]:
-    """Returns the checkpoint's tensors {Hugging Face name: array} of a params tree, in the params'
-    dtype.
-    """
+    """Returns a params tree as {Hugging Face name: array}, in the params' dtype."""
     tensors = {}
 
     def store(weight: Weight, value):

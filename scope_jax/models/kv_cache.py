@@ -23,9 +23,7 @@ class KVCache:
 
 
 def init_cache(num_layers, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:
-    """Returns an empty cache. Create it inside the jitted program: a donated argument costs one
-    more copy.
-    """
+    """Returns an empty cache; made inside the jitted program, it costs no donated copy."""
     shape = (num_layers, batch, slots, num_kv_heads, head_dim)
     return KVCache(
         keys=jnp.zeros(shape, dtype),

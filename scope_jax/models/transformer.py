@@ -40,27 +40,19 @@ class TransformerConfig:
     qkv_bias: bool = False  # Qwen2
     tie_embeddings: bool = False
     max_position: int = 4096  # longest context that the weights were made for
-    dtype: str = (
-        "float32"  # of the computation; softmax, norms and rotary angles are float32 always
-    )
-    remat: bool = (
-        False  # recompute each layer in the backward pass instead of storing its activations
-    )
+    dtype: str = "float32"  # of the computation; softmax, norms and rotary angles stay float32
+    remat: bool = False  # recompute layers in the backward pass instead of storing activations
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The one declaration of a weight. A leading `layers` axis marks an array stacked over the
-    layers.
-    """
+    """The one declaration of a weight. A leading `layers` axis: one array for all layers."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axis of each dimension, see sharding.py
     init: str  # "normal" (scaled by fan-in), "ones" or "zeros"
     hf: str  # Hugging Face name; "{i}" is the layer
-    in_dims: int = (
-        0  # leading dims (after `layers`) that are inputs of a linear map; HF stores [out, in]
-    )
+    in_dims: int = 0  # dims (after `layers`) that a linear map sums over; HF stores [out, in]
 
     @property
     def stacked(self) -> bool:
@@ -68,79 +60,43 @@ class Weight:
 
 
 def declare(c: TransformerConfig) -> dict[str, Any]:
-    """Returns the tree of `Weight` declarations; params have the same tree with arrays as
-    leaves.
-    """
-    n, d, h, k, hd, f = (
-        c.num_layers,
-        c.embed_dim,
-        c.num_heads,
-        c.num_kv_heads,
-        c.head_dim,
-        c.mlp_dim,
-    )
-    block = "model.layers.{i}."
-    attn, mlp = block + "self_attn.", block + "mlp."
+    """Returns the tree of `Weight` declarations; params are the same tree of arrays."""
+    n, d, f, v, hd = c.num_layers, c.embed_dim, c.mlp_dim, c.vocab_size, c.head_dim
+    h, k = (c.num_heads, "heads"), (c.num_kv_heads, "kv_heads")
 
-    def norm(name):
-        return Weight((n, d), ("layers", None), "ones", block + name)
+    def block(name, shape, axes, init="normal", in_dims=0):
+        return Weight((n, *shape), ("layers", *axes), init, "model.layers.{i}." + name, in_dims)
 
-    def qkv(heads, axis, name):
-        weight = {
-            "w": Weight(
-                (n, d, heads, hd),
-                ("layers", "embed", axis, None),
-                "normal",
-                f"{attn}{name}.weight",
-                1,
-            )
-        }
+    def qkv(name, heads, axis):
+        name = f"self_attn.{name}_proj"
+        weight = {"w": block(f"{name}.weight", (d, heads, hd), ("embed", axis, None), in_dims=1)}
         if c.qkv_bias:
-            weight["b"] = Weight(
-                (n, heads, hd), ("layers", axis, None), "zeros", f"{attn}{name}.bias"
-            )
+            weight["b"] = block(f"{name}.bias", (heads, hd), (axis, None), "zeros")
         return weight
 
+    layers = {
+        "attn_norm": block("input_layernorm.weight", (d,), (None,), "ones"),
+        "q": qkv("q", *h),
+        "k": qkv("k", *k),
+        "v": qkv("v", *k),
+        "o": block("self_attn.o_proj.weight", (h[0], hd, d), ("heads", None, "embed"), in_dims=2),
+        "mlp_norm": block("post_attention_layernorm.weight", (d,), (None,), "ones"),
+        "gate": block("mlp.gate_proj.weight", (d, f), ("embed", "mlp"), in_dims=1),
+        "up": block("mlp.up_proj.weight", (d, f), ("embed", "mlp"), in_dims=1),
+        "down": block("mlp.down_proj.weight", (f, d), ("mlp", "embed"), in_dims=1),
+    }
     tree: dict[str, Any] = {
-        "embed": Weight(
-            (c.vocab_size, d), ("vocab", "embed"), "normal", "model.embed_tokens.weight"
-        ),
-        "layers": {
-            "attn_norm": norm("input_layernorm.weight"),
-            "q": qkv(h, "heads", "q_proj"),
-            "k": qkv(k, "kv_heads", "k_proj"),
-            "v": qkv(k, "kv_heads", "v_proj"),
-            "o": Weight(
-                (n, h, hd, d),
-                ("layers", "heads", None, "embed"),
-                "normal",
-                attn + "o_proj.weight",
-                2,
-            ),
-            "mlp_norm": norm("post_attention_layernorm.weight"),
-            "gate": Weight(
-                (n, d, f), ("layers", "embed", "mlp"), "normal", mlp + "gate_proj.weight", 1
-            ),
-            "up": Weight(
-                (n, d, f), ("layers", "embed", "mlp"), "normal", mlp + "up_proj.weight", 1
-            ),
-            "down": Weight(
-                (n, f, d), ("layers", "mlp", "embed"), "normal", mlp + "down_proj.weight", 1
-            ),
-        },
+        "embed": Weight((v, d), ("vocab", "embed"), "normal", "model.embed_tokens.weight"),
+        "layers": layers,
         "final_norm": Weight((d,), (None,), "ones", "model.norm.weight"),
     }
     if not c.tie_embeddings:
-        tree["unembed"] = Weight(
-            (d, c.vocab_size), ("embed", "vocab"), "normal", "lm_head.weight", 1
-        )
+        tree["unembed"] = Weight((d, v), ("embed", "vocab"), "normal", "lm_head.weight", 1)
     return tree
 
 
 def init_weight(weight: Weight, key: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Returns a fresh array for one declaration; linear maps get variance 1 / fan-in, embeddings
-    0.02.
-    """
+    """Returns a fresh array; linear maps have variance 1 / fan-in, embeddings deviation 0.02."""
     if weight.init != "normal":
         return (jnp.ones if weight.init == "ones" else jnp.zeros)(weight.shape, dtype)
     start = int(weight.stacked)
@@ -158,9 +114,7 @@ def init_params(declared, key: jax.Array, dtype=jnp.float32) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated SiLU
-    MLP.
-    """
+    """A decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP."""
 
     config: TransformerConfig
 
@@ -203,9 +157,8 @@ class Transformer:
             key_positions = jax.lax.dynamic_update_slice(
                 cache.positions, positions, (0, cache.length)
             )
-        mask = (key_positions >= 0)[:, None, :] & (
-            key_positions[:, None, :] <= positions[:, :, None]
-        )  # [B, L, slots]
+        real, not_later = key_positions >= 0, key_positions[:, None, :] <= positions[:, :, None]
+        mask = real[:, None, :] & not_later  # [B, L, slots]
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
 
         def layer(carry, weights_and_index):
@@ -234,11 +187,8 @@ class Transformer:
             return out + w[name]["b"].astype(dtype)[None, None] if c.qkv_bias else out
 
         normed = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
-        q, k, v = (
-            rotate(project("q", normed), angles),
-            rotate(project("k", normed), angles),
-            project("v", normed),
-        )
+        q, k = rotate(project("q", normed), angles), rotate(project("k", normed), angles)
+        v = project("v", normed)
         if cache is not None:
             keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, cache.length, 0, 0))
             values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, cache.length, 0, 0))
@@ -259,25 +209,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """Returns [B, L, 1, head_dim / 2] float32 angles (https://arxiv.org/abs/2104.09864); padding
-    counts as 0.
+    """Returns [B, L, 1, head_dim / 2] float32; padding counts as position 0.
+
+    Source: https://arxiv.org/abs/2104.09864
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return (
-        jnp.maximum(positions, 0).astype(jnp.float32)[:, :, None, None]
-        * frequencies[None, None, None, :]
-    )
+    positions = jnp.maximum(positions, 0).astype(jnp.float32)
+    return positions[:, :, None, None] * frequencies[None, None, None, :]
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates [B, L, heads, head_dim] by position; dimension i pairs with i + head_dim / 2 (Hugging
-    Face's order).
-    """
+    """Rotates [B, L, heads, head_dim]; dimension i pairs with i + head_dim / 2, as in HF."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
