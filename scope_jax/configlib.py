@@ -169,7 +169,7 @@ def load_object(reference: str, kind: str) -> Callable:
     module_name, _, name = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: an empty module name
         raise InputError(f"{kind} {reference!r}: cannot import {module_name}: {error}") from None
     for part in filter(None, name.split(".")):
         if not hasattr(found, part):

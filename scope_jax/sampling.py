@@ -97,15 +97,15 @@ def continue_from(
     row_ids=None,
     buffer_length: int | None = None,
 ) -> Rollouts:
-    """Samples a continuation of every row's prompt + prefix; no token of either is changed or
-    sampled again.
+    """Samples a continuation of every row's prompt + prefix, none of whose tokens is changed.
 
     Args:
       prompt_ids, prompt_mask: [B, N], LEFT-padded.
       prefix_ids: [B, T] int32; the first prefix_length[i] tokens of row i are read, the rest
         ignored.
       prefix_length: [B] int32, 0 .. T.
-      The others are `generate`'s. A budget of 0 gives an empty continuation.
+      The others are `generate`'s. A budget of 0 gives an empty continuation (all 0: set
+        buffer_length).
     Returns:
       Rollouts of B rows whose completion is the continuation alone (prompt_ids and prompt_mask as
       given).

@@ -56,8 +56,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAINING) -> PartitionSpec:
     """Returns the partition of an array with these logical axes.
 
-    >>> spec(("embed", "heads", None))
-    PartitionSpec('fsdp', 'model', None)
+    >>> tuple(spec(("embed", "heads", None)))
+    ('fsdp', 'model', None)
 
     Raises:
       InputError: an unknown logical axis, or two dimensions that would lie on one mesh axis.

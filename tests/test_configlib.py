@@ -88,6 +88,8 @@ def test_load_object_explains_what_is_missing():
         load_object("scope_jax.rewards:verfy", "reward.fn")
     with pytest.raises(InputError, match=r"reward.fn 'nowhere:f': cannot import nowhere"):
         load_object("nowhere:f", "reward.fn")
+    with pytest.raises(InputError, match="reward.fn '': cannot import"):
+        load_object("", "reward.fn")
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):

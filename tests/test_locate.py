@@ -229,7 +229,7 @@ def test_zero_cuts_every_scored_row_at_its_start():
     assert found.tolist() == [0, 0, 0, -1]
 
 
-@pytest.mark.parametrize("locator", ["prm", "oracle", "random", "random_correct", "zero"])
+@pytest.mark.parametrize("locator", ["prm", "oracle", "zero"])
 def test_unscored_rows_are_never_marked(locator):
     key, empty = jax.random.key(0), np.zeros((4, 4), bool)
     found = jit_locate(np.zeros((4, 4)), empty, key, locator=locator, on_no_error="argmin")
@@ -260,8 +260,9 @@ def test_random_is_uniform_over_the_steps_after_the_first(steps):
     assert_uniform(draw_steps(scores, steps, 1, locator="random"), range(1, steps))
 
 
-def test_random_has_nothing_to_draw_in_a_row_of_one_step():
+def test_random_has_nothing_to_draw_in_a_row_of_one_step_or_an_unscored_one():
     assert set(draw_steps([0.0] * 6, 1, 1, locator="random")) == {-1}
+    assert set(draw_steps([0.0] * 6, 0, 1, locator="random")) == {-1}
 
 
 @pytest.mark.parametrize("first", [1, 3, 5])
@@ -279,6 +280,8 @@ def test_random_correct_counts_to_the_lowest_step_with_argmin():
     scores = [0.9, 0.8, 0.6, 0.7, 0.7, 0.0]
     found = draw_steps(scores, 5, 3, locator="random_correct", on_no_error="argmin")
     assert_uniform(found, range(1, 2 + 1))
+    unscored = draw_steps(scores, 0, 3, locator="random_correct", on_no_error="argmin")
+    assert set(unscored) == {-1}
 
 
 def test_random_locators_follow_their_key():

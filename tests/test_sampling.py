@@ -371,6 +371,13 @@ def test_each_row_has_its_own_budget():
     assert rollouts.completion_ids[0].tolist() == [FILL] * 4
 
 
+def test_padding_with_the_end_token_finishes_no_row():
+    rollouts = count_up([5, 5, 6], max_new_tokens=np.array([0, 2, 4]), pad_id=END)
+    assert written(rollouts) == [[], [6, 7], [7, 8, END]]
+    assert rollouts.completion_ids[1].tolist() == [6, 7, END, END]
+    assert rollouts.finished.tolist() == [False, False, True]
+
+
 def test_buffer_may_be_longer_than_every_budget():
     rollouts = count_up([5, 5], max_new_tokens=np.array([0, 2]), buffer_length=6)
     assert rollouts.completion_ids.tolist() == [[FILL] * 6, [6, 7, *[FILL] * 4]]

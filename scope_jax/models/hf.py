@@ -80,9 +80,9 @@ def resolve(path_or_hub_id) -> pathlib.Path:
         ) from error
 
 
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """Returns config.json of a checkpoint directory."""
-    file = directory / "config.json"
+def read_config(directory: pathlib.Path, name: str = "config.json") -> dict[str, Any]:
+    """Returns a JSON file of a checkpoint directory."""
+    file = directory / name
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
@@ -165,9 +165,7 @@ def load_tokenizer(path_or_hub_id):
     Raises:
       InputError: the directory has none, or it has no end token.
     """
-    from transformers import (
-        AutoTokenizer,
-    )  # seconds to import: only commands that need text pay for it
+    from transformers import AutoTokenizer  # takes seconds; only commands that need text pay
 
     directory = resolve(path_or_hub_id)
     try:
@@ -177,7 +175,7 @@ def load_tokenizer(path_or_hub_id):
     ends: list[Any] = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
         if (directory / name).exists():
-            named = json.loads((directory / name).read_text()).get("eos_token_id")
+            named = read_config(directory, name).get("eos_token_id")
             ends += named if isinstance(named, list) else [named]
     if tokenizer.eos_token_id is None:
         raise InputError(f"{directory}: the tokenizer names no end token (eos_token)")

@@ -36,7 +36,9 @@ def _problem(row: dict) -> dict:
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise InputError(f'{row["_source"]}: no "answer"')
-    solution = row.get("solution", "")
+    solution = row.get("solution") or ""
+    if not isinstance(solution, str):
+        raise InputError(f'{row["_source"]}: "solution" is not text')
     if "####" in answer:
         solution, answer = answer, answer.rsplit("####", 1)[1].strip()
         if not answer:
