@@ -107,7 +107,7 @@ def config_from_hf(hf: Mapping[str, Any], source: Any = "config.json") -> Transf
     rope = {**blocks[0], **blocks[1]}
     scaling = {block.get(k) for block in blocks for k in ("type", "rope_type")} - {None, "default"}
     refused = {
-        f"rope scaling {', '.join(map(repr, sorted(scaling)))}": bool(scaling),
+        f"rope scaling {', '.join(sorted(map(repr, scaling)))}": bool(scaling),
         "sliding window attention": bool(hf.get("use_sliding_window")),
         f"activation {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(hf.get("mlp_bias")),
