@@ -513,18 +513,18 @@ def test_max_length_defaults_to_the_width():
 
 
 def test_diagnostics_by_hand():
-    ratios = np.array([1.5, 0.9, 0.5])
+    ratios = np.array([1.5, 0.6, 0.5])
     old = corner([-2.0, -1.0, -3.0, 50.0, 50.0])
     logps = corner([*(old[0, :3] + np.log(ratios)), *np.log([0.25, 0.5])])
     source = corner([POLICY, POLICY, POLICY, TEACHER, TEACHER], np.int8)
-    advantages = corner([1.0, -1.0, -1.0, 1.0, 1.0])  # clips 1.5 (A > 0) and 0.5 (A < 0), not 0.9
+    advantages = corner([1.0, 1.0, -1.0, 1.0, 1.0])  # clips 1.5 (A > 0) and 0.5 (A < 0), not 0.6
     _, info = policy_loss(logps, old, advantages, source)
-    log_ratios = [math.log(1.5), math.log(0.9), math.log(0.5)]
+    log_ratios = [math.log(1.5), math.log(0.6), math.log(0.5)]
     want = {
-        "ratio_mean": (1.5 + 0.9 + 0.5) / 3,
+        "ratio_mean": (1.5 + 0.6 + 0.5) / 3,
         "log_ratio_max": math.log(2),
         "clip_fraction": 2 / 3,
-        "approx_kl": (1.5 + 0.9 + 0.5 - 3 - sum(log_ratios)) / 3,
+        "approx_kl": (1.5 + 0.6 + 0.5 - 3 - sum(log_ratios)) / 3,
         "teacher_prob_mean": (0.25 + 0.5) / 2,
         "teacher_token_share": 2 / 5,
     }

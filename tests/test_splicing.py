@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scope_jax.records import PAD, POLICY, TEACHER
-from scope_jax.splicing import insert_rows, splice, splice_values
+from scope_jax.splicing import insert_rows, splice, splice_rollouts, splice_values
 
 SEEDS = range(25)
 B, T, U, PAD_ID = 6, 7, 5, 9
@@ -226,6 +226,22 @@ def test_values_agree_with_a_slow_twin():
             found = values_fn(*[rows[n] for n in names], fill=-7.0)
             for value, expected in zip(found, zip(*want, strict=True), strict=True):
                 np.testing.assert_array_equal(value, np.array(expected))
+
+
+def test_splice_of_rollouts_is_splice_and_splice_of_values():
+    for seed in SEEDS:
+        rows = random_rows(seed)
+        joint = (rows["mask"], rows["prefix_length"])
+        new_ids, new_mask, new_logps = (rows[n] for n in ("new_ids", "new_mask", "new_logps"))
+        found = splice_rollouts(
+            rows["ids"], rows["mask"], rows["logps"], rows["prefix_length"], new_ids, new_mask,
+            new_logps, pad_id=PAD_ID,
+        )  # fmt: skip
+        ids, mask, source, overflowed = jit_splice(
+            rows["ids"], *joint, new_ids, new_mask, pad_id=PAD_ID
+        )
+        logps, _, _ = jit_splice_values(rows["logps"], *joint, new_logps, new_mask, fill=0.0)
+        chex.assert_trees_all_equal(found, (ids, mask, source, logps, overflowed))
 
 
 def test_extreme_values_outside_the_masks_do_not_leak():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.losses import LOSS_AGGREGATIONS
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
@@ -17,6 +18,7 @@ from scope_jax.sampling import generate
 from scope_jax.sharding import make_mesh, put_batch, replicate, shardings
 from scope_jax.update import (
     completion_logps,
+    init_state,
     make_optimizer,
     make_schedule,
     split_rows,
@@ -295,6 +297,20 @@ def test_eight_devices_and_micro_batches_give_one_devices_update():
     np.testing.assert_allclose(info["loss"], want_info["loss"], rtol=1e-5, atol=1e-6)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(want)) > 1e-2
     assert jax.tree.map(lambda x: x.sharding, state.params) == places  # they stay where they were
+
+
+def test_moments_of_a_new_state_lie_where_their_weights_lie():
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    places = {"embed": NamedSharding(mesh, PartitionSpec("model", "fsdp"))}
+    params = jax.device_put({"embed": bigram_params()["embed"]}, places)
+    optimizer = make_optimizer(10)
+    state = init_state(optimizer, params, step=3)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 2]
+    assert len(moments) == 2 and not any(np.any(x) for x in moments)  # AdamW's two, zero
+    assert all(x.sharding == places["embed"] for x in moments)
+    scalars = [state.step, *(x for x in jax.tree.leaves(state.opt_state) if x.ndim == 0)]
+    assert all(x.sharding.is_fully_replicated for x in scalars) and int(state.step) == 3
+    chex.assert_trees_all_equal_structs(state.opt_state, optimizer.init(params))
 
 
 # --- Policy updates ---------------------------------------------------------------------------
