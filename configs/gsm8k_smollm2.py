@@ -7,7 +7,7 @@
 
 Rollouts are cut by line; the PRM is a RANDOM head on the policy's backbone (the run says so: set
 --config.prm.path to a trained one); repairs come from the problem's own worked solution, aligned
-by the results that the prefix already has. The sizes are for two CPU cores: about a minute a
+by the results that the prefix already has. The sizes are for two CPU cores: one to two minutes a
 step. On an accelerator raise data.prompts_per_step, sample.* and model.dtype.
 Expect no gain in three steps: this shows that the whole loop runs on a real model.
 
