@@ -92,10 +92,14 @@ def group_advantages(
     rewards = by_group(rewards).astype(jnp.float32)
     counts = jnp.ones_like(rewards, bool) if row_mask is None else by_group(row_mask)
     rewards = jnp.where(counts, rewards, 0.0)
-    size = counts.sum(-1, keepdims=True)  # [P, 1]
-    mean = rewards.sum(-1, keepdims=True) / jnp.maximum(size, 1)
+    size, total = counts.sum(-1, keepdims=True), rewards.sum(-1, keepdims=True)  # [P, 1]
+
+    def over_mean(total, size):  # rewards - total / size, exactly 0 where all are equal
+        return (size * rewards - total) / jnp.maximum(size, 1)
+
+    advantages = from_group = over_mean(total, size)
     if baseline == "leave_one_out":
-        center = (rewards.sum(-1, keepdims=True) - rewards) / jnp.maximum(size - 1, 1)
+        advantages = over_mean(total - rewards, size - 1)
     elif baseline == "on_policy":
         if on_policy is None:
             raise InputError(
@@ -103,13 +107,10 @@ def group_advantages(
             )
         own = counts & by_group(on_policy)
         own_size = own.sum(-1, keepdims=True)
-        own_mean = jnp.where(own, rewards, 0.0).sum(-1, keepdims=True) / jnp.maximum(own_size, 1)
-        center = jnp.where(own_size > 0, own_mean, mean)
-    else:
-        center = mean
-    advantages = rewards - center
+        own_total = jnp.where(own, rewards, 0.0).sum(-1, keepdims=True)
+        advantages = jnp.where(own_size > 0, over_mean(own_total, own_size), from_group)
     if scale == "std":
-        squares = jnp.where(counts, (rewards - mean) ** 2, 0.0).sum(-1, keepdims=True)
+        squares = jnp.where(counts, from_group**2, 0.0).sum(-1, keepdims=True)
         advantages = advantages / (jnp.sqrt(squares / jnp.maximum(size - 1, 1)) + 1e-6)
     return jnp.where(counts & (size > 1), advantages, 0.0).reshape(-1)
 

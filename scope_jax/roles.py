@@ -19,6 +19,7 @@ from scope_jax.prm import PRM, load_prm
 from scope_jax.records import CorrectionRequests, InputError, Prompts
 from scope_jax.sampling import continue_from
 from scope_jax.sharding import make_mesh, put_batch, replicate
+from scope_jax.splicing import INSERT
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher
 
 
@@ -92,7 +93,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
 def check_options(config: ConfigDict, mesh) -> None:
     """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
     for key, known in {
-        "insert": ("replace_source", "append", "replace_random_wrong"),
+        "insert": INSERT,
         "accept": ("verified_correct", "prm_ok", "any"),
     }.items():
         if config.correct[key] not in known:

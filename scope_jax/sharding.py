@@ -105,7 +105,8 @@ def put_batch(tree, mesh: Mesh, rules: Rules = TRAINING):
       InputError: rows that the mesh does not divide.
     """
     partition = spec(("batch",), rules)
-    parts = math.prod(mesh.shape[axis] for axis in partition[0])
+    axes = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
+    parts = math.prod(mesh.shape[axis] for axis in axes)
 
     def put(x):
         if x.shape[0] % parts:

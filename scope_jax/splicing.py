@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scope_jax.records import PAD, POLICY, TEACHER
+from scope_jax.records import PAD, POLICY, TEACHER, InputError
+
+INSERT = ("replace_source", "append", "replace_random_wrong")
 
 
 def splice(
@@ -125,6 +127,8 @@ def insert_rows(rows, corrected, *, targets, accepted, group_size, insert):
       dict of [B, ...] arrays, or [B + C, ...] with "append"; plus "row_mask", bool, False on empty
       slots.
     """
+    if insert not in INSERT:
+        raise InputError(f"insert must be one of {', '.join(INSERT)}, got {insert!r}")
     accepted = np.asarray(accepted)
     if insert != "append":
         out = {name: np.array(value) for name, value in rows.items()}

@@ -133,19 +133,19 @@ def batch_loss(
 def init_state(optimizer, params, step: int = 0) -> TrainState:
     """Returns the state of a new run; moments lie on the devices as their params do."""
     shapes = jax.eval_shape(optimizer.init, params)
-    mesh_scalar = jax.tree.leaves(params)[0].sharding
-    if isinstance(mesh_scalar, NamedSharding):
-        mesh_scalar = NamedSharding(mesh_scalar.mesh, PartitionSpec())
+    everywhere = jax.tree.leaves(params)[0].sharding
+    if isinstance(everywhere, NamedSharding):
+        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
     places = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, param: param.sharding,
         shapes,
         params,
-        transform_non_params=lambda _: mesh_scalar,
+        transform_non_params=lambda _: everywhere,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
     return TrainState(
-        params=params, opt_state=opt_state, step=jax.device_put(np.int32(step), mesh_scalar)
+        params=params, opt_state=opt_state, step=jax.device_put(np.int32(step), everywhere)
     )
 
 
@@ -165,6 +165,9 @@ def train_step(
     Returns:
       (new state, dict of [] float32: loss, grad_norm, update_norm and `batch_loss`'s diagnostics).
     """
+    rows, parts = batch.advantages.shape[0], options.get("micro_batches", 1)
+    if parts < 1 or rows % parts:
+        raise InputError(f"{rows} rows do not divide into {parts} micro-batches")
     leaves, treedef = jax.tree.flatten(state)
     step_fn = _compiled_step(tuple(x.sharding for x in leaves), treedef)
     return step_fn(model, optimizer, state, batch, **options)
@@ -208,9 +211,11 @@ def _train_step(
             mask = part.token_source != PAD
             share = jnp.where(mask.any(), loss_denominator(mask, loss_agg), 0.0) / total
             (loss, info), grads = grad_fn(state.params, model, part, **options)
-            return jax.tree.map(
+            summed = jax.tree.map(
                 lambda total, new: total + share * new, carry, (grads, loss, info)
-            ), None
+            )
+            largest = jnp.maximum(carry[2]["log_ratio_max"], info["log_ratio_max"])
+            return (*summed[:2], summed[2] | {"log_ratio_max": largest}), None
 
         shapes = jax.eval_shape(
             lambda: grad_fn(state.params, model, jax.tree.map(lambda x: x[0], parts), **options)
@@ -228,9 +233,7 @@ def _train_step(
 
 
 def split_rows(batch: TrainBatch, parts: int) -> list[TrainBatch]:
-    """Splits a host batch into mini-batches of neighbouring rows (whole groups, where the sizes
-    allow).
-    """
+    """Splits a host batch into mini-batches of neighbouring rows."""
     size = batch.advantages.shape[0] // parts
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
 

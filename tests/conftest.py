@@ -34,3 +34,8 @@ def smollm2():
             "SCOPE_JAX_SMOLLM2 names no directory: build one with shared/tools/make_smollm2.py"
         )
     return pathlib.Path(path)
+
+
+def pytest_collection_modifyitems(items):
+    """Starts with the longest file, so that the other worker does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")

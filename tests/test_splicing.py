@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from scope_jax.records import PAD, POLICY, TEACHER
+from scope_jax.records import PAD, POLICY, TEACHER, InputError
 from scope_jax.splicing import insert_rows, splice, splice_rollouts, splice_values
 
 SEEDS = range(25)
@@ -381,3 +381,9 @@ def test_insertion_agrees_with_a_slow_twin():
         shape = (prompts, size + slots)
         found = zip(out["rewards"].reshape(shape), out["row_mask"].reshape(shape), strict=True)
         assert [row[real].tolist() for row, real in found] == longer
+
+
+def test_an_unknown_way_to_insert_is_an_error_not_a_replacement():
+    rows = {"rewards": np.zeros(2, np.float32)}
+    with pytest.raises(InputError, match="insert must be one of replace_source, append"):
+        insert_rows(rows, rows, targets=[0, 1], accepted=[True, True], group_size=1, insert="apend")

@@ -203,6 +203,13 @@ def test_completion_logps_are_the_samplers():
 
 # --- Micro-batches ----------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("parts", [3, 0])
+def test_micro_batches_that_do_not_divide_the_rows_are_an_error(parts):
+    with pytest.raises(InputError, match=f"{B} rows do not divide into {parts} micro-batches"):
+        gradient(Bigram(), bigram_params(), random_batch(0), micro_batches=parts)
+
+
 BONUS = {"entropy_coef": 0.3, "kl_coef": 0.2}
 
 
@@ -223,6 +230,8 @@ def test_micro_batches_give_the_full_batchs_gradient(loss_agg):
             chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(info["loss"], want_info["loss"], rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(info["grad_norm"], want_info["grad_norm"], rtol=1e-4)
+            largest = "log_ratio_max"  # a maximum over the parts, not their mean
+            np.testing.assert_allclose(info[largest], want_info[largest], rtol=1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(want))  # no token, no gradient
 
 
