@@ -61,7 +61,11 @@ def test_the_command_line_wins_over_the_method_and_the_method_over_the_file():
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_change_only_keys_that_exist(method):
     for key, value in METHODS[method].items():
-        override(default_config(), key, value)
+        config = default_config()
+        override(config, key, value)  # an unknown key raises
+        for part in key.split("."):
+            config = config[part]
+        assert config == value
 
 
 def test_a_missing_config_lists_the_shipped_ones():
