@@ -72,5 +72,6 @@ def restore_params(workdir, params):
         restore_args=ocp.checkpoint_utils.construct_restore_args({"params": shapes}),
         partial_restore=True,
     )
+    manager.close()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(manager.directory / str(step) / "state", args=args)["params"]

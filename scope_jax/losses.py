@@ -296,9 +296,8 @@ def policy_loss(
     cut = (clipped * advantages < ratio * advantages) & policy
     return loss, {
         "ratio_mean": mean_over(policy, ratio),
-        "log_ratio_max": jnp.max(
-            jnp.where(policy, jnp.abs(log_ratio), 0.0)
-        ),  # before an update: sampler against trainer
+        # Before the first update of a step this is the sampler against the trainer.
+        "log_ratio_max": jnp.max(jnp.where(policy, jnp.abs(log_ratio), 0.0)),
         "clip_fraction": mean_over(policy, cut),
         "approx_kl": mean_over(policy, ratio - 1.0 - log_ratio),
         "teacher_prob_mean": mean_over(teacher, prob),

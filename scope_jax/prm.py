@@ -51,13 +51,8 @@ class PRM:
     head: str = "linear2_at_sep"
 
     def declare(self):
-        backbone = declare(
-            dataclasses.replace(self.backbone.config, tie_embeddings=True)
-        )  # the LM head is not read
-        return {
-            "backbone": backbone,
-            "head": declare_head(self.head, self.backbone.config.embed_dim),
-        }
+        config = dataclasses.replace(self.backbone.config, tie_embeddings=True)  # no LM head
+        return {"backbone": declare(config), "head": declare_head(self.head, config.embed_dim)}
 
     def init_head(self, key: jax.Array):
         return init_params(declare_head(self.head, self.backbone.config.embed_dim), key)
@@ -65,13 +60,9 @@ class PRM:
     def logits(self, params, ids, positions, score_positions):
         """Returns [B, S, 2] float32 logits of (wrong, correct)."""
         hidden, _ = self.backbone(params["backbone"], ids, positions=positions)
-        read = jnp.take_along_axis(hidden, score_positions[:, :, None], axis=1).astype(
-            jnp.float32
-        )  # [B, S, D]
-        return (
-            read @ params["head"]["weight"].astype(jnp.float32)
-            + params["head"]["bias"].astype(jnp.float32)[None, None]
-        )
+        read = jnp.take_along_axis(hidden, score_positions[:, :, None], axis=1)  # [B, S, D]
+        head = jax.tree.map(lambda x: x.astype(jnp.float32), params["head"])
+        return read.astype(jnp.float32) @ head["weight"] + head["bias"][None, None]
 
     def __call__(self, params, ids, positions, score_positions):
         return jax.nn.softmax(self.logits(params, ids, positions, score_positions), axis=-1)[..., 1]

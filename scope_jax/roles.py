@@ -1,6 +1,4 @@
-"""Who takes part in a run: the policy, the process reward model and the teacher, loaded from a
-config.
-"""
+"""Who takes part in a run: policy, process reward model and teacher, loaded from a config."""
 
 import dataclasses
 import functools
@@ -14,6 +12,8 @@ from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object
 from scope_jax.data import render_prompt, tokenize_prompts
+from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
+from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.prm import PRM, load_prm
 from scope_jax.records import CorrectionRequests, InputError, Prompts
@@ -42,12 +42,21 @@ class Policy(NamedTuple):
 def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     """Returns (Policy, params) of a config: mesh, model, tokenizer, task and reward."""
     mesh = make_mesh(**config.mesh)
+    check_options(config, mesh)  # what costs nothing to check goes before the weights
+    problems = load_object(f"{config.task.module}:problems", "task.module")
+    check_steps = getattr(importlib.import_module(config.task.module), "check_steps", None)
+    if config.locate.locator == "oracle" and config.correct.n_correct and check_steps is None:
+        raise InputError(f'locate.locator="oracle" needs check_steps in {config.task.module}')
+    reward_fn = load_object(config.reward.fn, "reward.fn")
+    tokenizer, eos_ids = load_tokenizer(config.model.path)
+    if config.prompt.chat and not tokenizer.chat_template:
+        raise InputError(
+            f"{config.model.path} has no chat template: set --config.prompt.chat=False"
+        )
     model, params = load_hf(config.model.path, mesh=mesh, dtype=config.model.dtype)
     model = dataclasses.replace(
         model, config=dataclasses.replace(model.config, remat=config.model.remat)
     )
-    tokenizer, eos_ids = load_tokenizer(config.model.path)
-    check_options(config, mesh)
     longest = config.data.max_prompt_length + max(
         config.sample.max_new_tokens, config.eval.max_new_tokens
     )
@@ -57,12 +66,6 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
             f"{model.config.max_position}: lower data.max_prompt_length, sample.max_new_tokens or "
             "eval.max_new_tokens"
         )
-    if config.prompt.chat and not tokenizer.chat_template:
-        raise InputError(
-            f"{config.model.path} has no chat template: set --config.prompt.chat=False"
-        )
-    task_options = {k: v for k, v in config.task.items() if k != "module"}
-    problems = load_object(f"{config.task.module}:problems", "task.module")
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     policy = Policy(
         mesh=mesh,
@@ -77,27 +80,29 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
             max_prompt_length=config.data.max_prompt_length,
             pad_id=pad_id,
         ),
-        problems=functools.partial(problems, **task_options),
-        reward_fn=load_object(config.reward.fn, "reward.fn"),
-        check_steps=getattr(importlib.import_module(config.task.module), "check_steps", None),
+        problems=functools.partial(
+            problems, **{name: value for name, value in config.task.items() if name != "module"}
+        ),
+        reward_fn=reward_fn,
+        check_steps=check_steps,
     )
-    if (
-        config.locate.locator == "oracle"
-        and config.correct.n_correct
-        and policy.check_steps is None
-    ):
-        raise InputError(f'locate.locator="oracle" needs check_steps in {config.task.module}')
     return policy, params
 
 
 def check_options(config: ConfigDict, mesh) -> None:
     """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
-    for key, known in {
-        "insert": INSERT,
-        "accept": ("verified_correct", "prm_ok", "any"),
-    }.items():
-        if config.correct[key] not in known:
-            raise InputError(f"correct.{key}={config.correct[key]!r} is none of {', '.join(known)}")
+    for group, key, known in (
+        ("locate", "locator", LOCATORS),
+        ("select", "select", SELECT),
+        ("select", "trigger", TRIGGERS),
+        ("correct", "insert", INSERT),
+        ("correct", "accept", ("verified_correct", "prm_ok", "any")),
+        ("loss", "off_policy", OFF_POLICY),
+        ("loss", "loss_agg", LOSS_AGGREGATIONS),
+    ):
+        options: Any = config[group]
+        if options[key] not in known:
+            raise InputError(f"{group}.{key}={options[key]!r} is none of {', '.join(known)}")
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
     rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]

@@ -136,8 +136,9 @@ def test_batch_rows_are_split_over_data_and_fsdp_in_order():
 def test_copies_to_the_mesh_are_explicit():
     mesh = make_mesh(2, 2, 2)
     with jax.transfer_guard("disallow"):
-        put_batch({"ids": np.zeros((8, 3), np.int32)}, mesh)
-        replicate(np.int32(3), mesh)
+        placed = put_batch({"ids": np.zeros((8, 3), np.int32)}, mesh)
+        everywhere = replicate(np.int32(3), mesh)
+    assert len(placed["ids"].sharding.device_set) == len(everywhere.sharding.device_set) == 8
 
 
 def test_rows_that_the_mesh_does_not_divide_are_an_error_that_names_both():
