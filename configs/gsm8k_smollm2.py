@@ -40,6 +40,7 @@ def get_config(arg: str = ""):
     config.prompt.update(template=TEMPLATE, system=SYSTEM)
     config.model.update(path="smollm2", remat=True)
     config.teacher.kind = "dataset"
+    config.prm.max_length = 512
     config.data.update(prompts_per_step=2, max_prompt_length=320)
     config.sample.update(group_size=4, max_new_tokens=128)
     config.steps.update(splitter="\n", max_steps=16)

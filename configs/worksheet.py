@@ -31,6 +31,7 @@ def get_config(arg: str = ""):
         f"{MODELS}/teacher",
         f"{MODELS}/prm",
     )
+    config.prm.reads = "policy_tokens"  # it was trained on rollouts of this very policy
     config.sample.max_new_tokens = 5 * n + 6
     config.steps.update(splitter="\n", max_steps=n + 2)
     config.optimizer.learning_rate = 3e-4

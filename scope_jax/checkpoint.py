@@ -50,22 +50,26 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, step: int | None 
     return found["state"], found["data"]
 
 
-def restore_params(workdir, params):
-    """Returns the params of a workdir's newest checkpoint, without its optimizer state.
+def restore_params(workdir, params, step: int | None = None):
+    """Returns the params of a workdir's checkpoint, without its optimizer state.
 
     Args:
       workdir: of a training run.
       params: gives the tree, shapes, dtypes and shardings.
+      step: which checkpoint (default: the newest).
     Raises:
-      InputError: the workdir holds no checkpoint.
+      InputError: the workdir holds no checkpoint, or not this one.
     """
     folder = pathlib.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir} holds no checkpoints/")
     manager = open_checkpoints(workdir)
-    step = manager.latest_step()
-    if step is None:
+    steps = sorted(manager.all_steps())
+    if not steps:
         raise InputError(f"{folder} holds no finished checkpoint")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise InputError(f"{folder} holds no step {step}; it holds {', '.join(map(str, steps))}")
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
     args = ocp.args.PyTreeRestore(
         item={"params": shapes},

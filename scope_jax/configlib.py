@@ -180,7 +180,7 @@ def load_object(reference: str, kind: str) -> Callable:
     return found
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict | dict) -> None:
     """Writes config.json into a new workdir, or checks that the one there is of the same run.
 
     `total_steps`, `log`, `eval` and `checkpoint` may differ: they do not change what was trained.
@@ -191,7 +191,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     """
     free = ("total_steps", "log", "eval", "checkpoint")
     file = workdir / "config.json"
-    new = json.loads(config.to_json())
+    new = config if isinstance(config, dict) else json.loads(config.to_json())
     if file.exists():
         old = json.loads(file.read_text())
         changed = [k for k in _flat(new) | _flat(old) if _flat(new).get(k) != _flat(old).get(k)]

@@ -2,6 +2,7 @@
 
 python -m scope_jax.evaluate --config worksheet --workdir W          (a run's newest checkpoint)
 python -m scope_jax.evaluate --config worksheet --model DIR          (a Hugging Face directory)
+python -m scope_jax.evaluate --prm DIR --data FILE.jsonl.gz          (a PRM: evaluate_prm.py)
 """
 
 import argparse
@@ -19,6 +20,8 @@ from scope_jax.checkpoint import restore_params
 from scope_jax.configlib import load_config, one_line_errors
 from scope_jax.data import decode_completions
 from scope_jax.diversity import pass_at_k
+from scope_jax.evaluate_prm import evaluate_prm, print_report
+from scope_jax.records import InputError
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
 from scope_jax.sampling import generate
@@ -80,15 +83,50 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scope_jax.evaluate",
-        description="Samples a policy on the config's held-out problems; prints pass@1, pass@k.",
+        description="Samples a policy on the config's held-out problems and prints pass@1, pass@k; "
+        "or measures how well a PRM finds the first wrong step of labelled solutions.",
         epilog="example: python -m scope_jax.evaluate --config worksheet:n=6 --workdir /tmp/run "
-        "--config.eval.problems=512",
+        "--config.eval.problems=512; or: python -m scope_jax.evaluate --prm /tmp/prm "
+        "--data champ_processbench.jsonl.gz --out /tmp/prm_report",
     )
-    parser.add_argument("--config", required=True, help="file or shipped name, with :arg if any")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", help="of a training run: its newest checkpoint is evaluated")
-    which.add_argument("--model", help="Hugging Face directory, or a run's workdir")
+    policy_args = parser.add_argument_group("a policy")
+    policy_args.add_argument("--config", help="file or shipped name, with :arg if any")
+    policy_args.add_argument("--workdir", help="of a training run: its newest checkpoint")
+    policy_args.add_argument("--model", help="Hugging Face directory, or a run's workdir")
+    prm_args = parser.add_argument_group("a PRM")
+    prm_args.add_argument("--prm", help="directory of a PRM")
+    prm_args.add_argument("--data", help=".jsonl[.gz] of {id, problem, steps, label}")
+    prm_args.add_argument("--format", help="of its texts, where the directory does not say it")
+    prm_args.add_argument("--out", help="gets report.json, scores.jsonl and reliability.png")
+    prm_args.add_argument("--threshold", type=float, help="scores below it are wrong (0.5)")
+    prm_args.add_argument("--batch-size", type=int, help="solutions a forward (8)")
+    prm_args.add_argument("--max-length", type=int, help="tokens; longer ones are not scored")
+    prm_args.add_argument("--limit", type=int, help="only the first so many solutions")
     args, overrides = parser.parse_known_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    of_policy = [name for name in ("config", "workdir", "model") if name in given]
+    if len(of_policy) < len(given):
+        _measure_prm(given, [f"--{name}" for name in of_policy] + overrides)
+    else:
+        _measure_policy(args, overrides)
+
+
+def _measure_prm(options: dict, foreign: list[str]) -> None:
+    """Runs `evaluate_prm` with the options that were given; `foreign` arguments are refused."""
+    if "prm" not in options or "data" not in options:
+        flags = [f"--{name.replace('_', '-')}" for name in options if f"--{name}" not in foreign]
+        raise InputError(f"{flags[0]} is for a PRM: give both --prm DIR and --data FILE")
+    if foreign:
+        raise InputError(f"{foreign[0]} does not go with --prm")
+    report = evaluate_prm(options.pop("prm"), options.pop("data"), **options)
+    print_report(report, options.get("out"))
+
+
+def _measure_policy(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.config is None or (args.workdir is None) == (args.model is None):
+        raise InputError(
+            "give --config C with --workdir DIR or --model DIR, or --prm DIR with --data FILE"
+        )
     config, workdir = load_config(args.config, overrides), args.workdir
     if args.model is not None and (pathlib.Path(args.model) / "checkpoints").is_dir():
         workdir = args.model

@@ -26,7 +26,15 @@ def default_config() -> ConfigDict:
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
             # Models
             "model": {"path": "", "dtype": "float32", "remat": False},
-            "prm": {"path": ""},  # "" = a random head on the base policy (a smoke test, not a PRM)
+            "prm": {
+                "path": "",  # "" = a random head on the base policy (a smoke test, not a PRM)
+                "format": "",  # layout of its texts, where its directory does not say it
+                # "text": the steps' texts in the PRM's own layout and tokenizer | "policy_tokens":
+                # prompt and completion as sampled, each step read at its last token
+                "reads": "text",
+                "max_length": 4096,  # longer texts are left unscored, and counted
+                "batch_size": 0,  # rows in one forward; 0 = all
+            },
             "teacher": {
                 # "model" | "dataset" (the problem's own worked solution, aligned by step)
                 "kind": "model",

@@ -4,54 +4,85 @@ A PRM here is any hashable callable
 
     prm(params, ids [B, L], positions [B, L], score_positions [B, S]) -> [B, S] float32 in [0, 1]
 
-`PRM` is the one for language-model backbones: one forward over prompt + completion, a small head
-read at one token of each step. Its checkpoint is the backbone's Hugging Face directory plus the
-head's tensors, and config.json names the head under "scope_jax_prm_head".
+`PRM` is the one for language-model backbones: one forward over problem and steps, a head read at
+one token of each step. The heads are those of the published models (METHOD.md section 4):
+
+    mlp2_at_token         Qwen2.5-Math-PRM      score.0, ReLU, score.2; softmax, [1]
+    linear2_at_sep        TRL's PRMTrainer      score; softmax, [1]
+    value_sigmoid_at_sep  Skywork-o1-Open-PRM   v_head.summary; sigmoid
+    lm_pair_at_token      Math-Shepherd, RLHFlow: the language model's own logits of two tokens
+
+Each gives two logits (wrong, correct) whose softmax is the score, so one loss trains them all.
 """
 
 import dataclasses
 import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scope_jax.models.hf import (
     Tensors,
     config_from_hf,
     config_to_hf,
+    load_tokenizer,
     load_tree,
     read_config,
     resolve,
-    to_hf_tensors,
     write_checkpoint,
 )
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, Weight, declare, init_params
+from scope_jax.prm_formats import PRMFormat, PRMInput, PRMTexts, pad_inputs
 from scope_jax.records import InputError, StepScores
 
+# head -> the layout of text that its published models were trained on
+HEADS = {
+    "mlp2_at_token": "qwen_math",
+    "linear2_at_sep": "trl",
+    "value_sigmoid_at_sep": "skywork",
+    "lm_pair_at_token": "math_shepherd",
+}
 
-def declare_head(head: str, embed_dim: int) -> dict[str, Weight]:
-    """Returns the declarations of a head's weights.
 
-    "linear2_at_sep": TRL's PRMTrainer, a two-way linear classifier; label 1 is "correct".
-    """
-    if head != "linear2_at_sep":
-        raise InputError(f'PRM head {head!r} is not known; known: "linear2_at_sep"')
-    return {
-        "weight": Weight((embed_dim, 2), (None, None), "normal", "score.weight", 1),
-        "bias": Weight((2,), (None,), "zeros", "score.bias"),
-    }
+def declare_head(head: str, embed_dim: int) -> dict[str, Any]:
+    """Returns the declarations of a head's weights, under their published names."""
+    d = embed_dim
+
+    def linear(name, inputs, outputs):
+        return {
+            "w": Weight((inputs, outputs), (None, None), "normal", f"{name}.weight", 1),
+            "b": Weight((outputs,), (None,), "zeros", f"{name}.bias"),
+        }
+
+    if head == "mlp2_at_token":
+        return {"hidden": linear("score.0", d, d), "out": linear("score.2", d, 2)}
+    if head == "linear2_at_sep":
+        return linear("score", d, 2)
+    if head == "value_sigmoid_at_sep":
+        return linear("v_head.summary", d, 1)
+    if head == "lm_pair_at_token":
+        return {}
+    raise InputError(f"PRM head {head!r} is not known; known: {', '.join(HEADS)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class PRM:
     """A head on a language model. Params: {"backbone": ..., "head": ...}."""
 
-    backbone: Transformer
+    backbone: Any  # a Transformer, or anything with its protocol
     head: str = "linear2_at_sep"
+    format: PRMFormat = PRMFormat("trl")  # the layout of its texts; nothing here computes with it
+    pair_ids: tuple[int, int] | None = None  # lm_pair_at_token: ids of (good, bad)
 
     def declare(self):
-        config = dataclasses.replace(self.backbone.config, tie_embeddings=True)  # no LM head
+        config = self.backbone.config
+        if self.head != "lm_pair_at_token":  # every other head leaves the LM's unread
+            config = dataclasses.replace(config, tie_embeddings=True)
         return {"backbone": declare(config), "head": declare_head(self.head, config.embed_dim)}
 
     def init_head(self, key: jax.Array):
@@ -61,8 +92,21 @@ class PRM:
         """Returns [B, S, 2] float32 logits of (wrong, correct)."""
         hidden, _ = self.backbone(params["backbone"], ids, positions=positions)
         read = jnp.take_along_axis(hidden, score_positions[:, :, None], axis=1)  # [B, S, D]
+        if self.head == "lm_pair_at_token":
+            assert self.pair_ids is not None, "lm_pair_at_token needs pair_ids"
+            bad_good = jnp.array(self.pair_ids[::-1])
+            unembed = self.backbone.unembed(params["backbone"])[:, bad_good]  # [D, 2]
+            weights = unembed.astype(read.dtype)
+            return jnp.matmul(read, weights, preferred_element_type=jnp.float32)
         head = jax.tree.map(lambda x: x.astype(jnp.float32), params["head"])
-        return read.astype(jnp.float32) @ head["weight"] + head["bias"][None, None]
+        linear = lambda x, w: x @ w["w"] + w["b"][None, None]  # noqa: E731
+        read = read.astype(jnp.float32)
+        if self.head == "mlp2_at_token":
+            return linear(jax.nn.relu(linear(read, head["hidden"])), head["out"])
+        out = linear(read, head)
+        if self.head == "value_sigmoid_at_sep":  # sigmoid(v) is the softmax of (0, v)
+            return jnp.concatenate([jnp.zeros_like(out), out], axis=-1)
+        return out
 
     def __call__(self, params, ids, positions, score_positions):
         return jax.nn.softmax(self.logits(params, ids, positions, score_positions), axis=-1)[..., 1]
@@ -78,7 +122,7 @@ def score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScore
 
     Args:
       prm, params: see the module's docstring.
-      ids, mask: [B, L] prompt and completion tokens; padding may stand anywhere.
+      ids, mask: [B, L] problem and steps; padding may stand anywhere.
       score_positions: [B, S] int32, column (of L) of the token at which each step is read.
       step_mask: [B, S] bool.
     Returns:
@@ -92,9 +136,60 @@ def score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScore
     return StepScores(scores=jnp.where(step_mask, scores, 0.0).astype(jnp.float32), mask=step_mask)
 
 
-def load_prm(path, *, mesh=None, rules=None, dtype=None):
+def score_solutions(
+    prm,
+    params,
+    tokenizer,
+    problems: Sequence[str],
+    steps: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[np.ndarray | None]:
+    """Scores solutions given as text, e.g. of a file.
+
+    Args:
+      prm, params, tokenizer: of one PRM directory.
+      problems: N texts; steps: N lists of step texts.
+      batch_size: solutions a forward; they are sorted by length, so that little is padded.
+      max_length: tokens of the longest solution that is scored (default: the PRM's context).
+      progress: called with the number of solutions scored so far.
+    Returns:
+      Per solution [its steps] float32, or None where it is too long or cannot be laid out exactly.
+    """
+    layout = PRMTexts(tokenizer, prm.format)
+    limit = min(max_length or prm.max_position, prm.max_position)
+    inputs = [layout(problem, texts) for problem, texts in zip(problems, steps, strict=True)]
+    fitting = [(i, item) for i, item in enumerate(inputs) if item and len(item.ids) <= limit]
+    fitting.sort(key=lambda pair: len(pair[1].ids))
+    results: list[np.ndarray | None] = [None] * len(inputs)
+    for start in range(0, len(fitting), batch_size):
+        rows = fitting[start : start + batch_size]
+        width = -(-len(rows[-1][1].ids) // 64) * 64  # few shapes, few compilations
+        num_steps = -(-max(len(item.reads) for _, item in rows) // 16) * 16
+        filling: list[PRMInput | None] = [None] * (batch_size - len(rows))
+        padded = pad_inputs([item for _, item in rows] + filling, width=width, num_steps=num_steps)
+        scored = jax.device_get(score_steps(prm, params, **jax.device_put(padded)))
+        for row, (i, _) in enumerate(rows):
+            real = scored.mask[row]
+            results[i] = scored.scores[row][real] if real.any() else None
+        if progress is not None:
+            progress(min(start + batch_size, len(fitting)))
+    return results
+
+
+def load_prm(path, *, format: str | None = None, mesh=None, rules=None, dtype=None):
     """Loads a PRM directory: a backbone's checkpoint with the head's tensors.
 
+    Head and layout come from what `save_prm` wrote into config.json, else from the published
+    models' architectures, tensor names and directory names.
+
+    Args:
+      path: directory or hub id.
+      format: the layout of its texts, where nothing in the directory says it: "qwen_math", "trl",
+        "skywork", "math_shepherd" or "rlhflow".
+      mesh, rules, dtype: as in `load_hf`.
     Returns:
       (PRM, params).
     Raises:
@@ -102,19 +197,81 @@ def load_prm(path, *, mesh=None, rules=None, dtype=None):
     """
     directory = resolve(path)
     hf_config = read_config(directory)
-    if "scope_jax_prm_head" not in hf_config:
-        raise InputError(
-            f'{directory}/config.json has no "scope_jax_prm_head": not a PRM that `save_prm` wrote'
-        )
-    config = config_from_hf(hf_config, directory)
-    prm = PRM(Transformer(config), hf_config["scope_jax_prm_head"])
-    params = load_tree(prm.declare(), Tensors(directory), mesh=mesh, rules=rules, dtype=dtype)
+    config, tensors = config_from_hf(hf_config, directory / "config.json"), Tensors(directory)
+    told = _told(hf_config, tensors.names(), str(path), format, directory)
+    head, layout = told["head"], PRMFormat(told["format"], told.get("step_token", ""))
+    pair_ids = None
+    if head == "lm_pair_at_token":
+        pair_ids = told.get("pair_ids") or find_pair_ids(load_tokenizer(directory)[0])
+        pair_ids = _checked_pair(pair_ids, config.vocab_size, directory)
+    prm = PRM(Transformer(config), head, layout, pair_ids)
+    params = load_tree(prm.declare(), tensors, mesh=mesh, rules=rules, dtype=dtype)
     config = dataclasses.replace(config, dtype=str(params["backbone"]["embed"].dtype))
-    return PRM(Transformer(config), prm.head), params
+    return dataclasses.replace(prm, backbone=Transformer(config)), params
+
+
+def _told(hf_config, names: set[str], path: str, format: str | None, directory) -> dict[str, Any]:
+    """Returns {"head", "format", ..} from the first thing that tells them."""
+    told = hf_config.get("scope_jax_prm")
+    architectures = hf_config.get("architectures")
+    architecture = " ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+    name = f"{path} {hf_config.get('_name_or_path', '')}".lower()
+    known = re.search(r"math.?shepherd|rlhflow|llama-?3\.1-8b-prm", name)
+    if told is not None:
+        texts = [told.get(key, "") for key in ("head", "format", "step_token")] if told else []
+        if not texts or not all(isinstance(text, str) for text in texts) or not all(texts[:2]):
+            raise InputError(
+                f'{directory}/config.json: "scope_jax_prm" must be an object with the texts "head" '
+                f'and "format" (and "step_token"), got {told!r}'
+            )
+        declare_head(told["head"], 1)  # refuses an unknown one
+    elif "ForProcessRewardModel" in architecture or "score.0.weight" in names:
+        told = {"head": "mlp2_at_token", "format": "qwen_math"}
+    elif "ForTokenClassification" in architecture or "score.weight" in names:
+        told = {"head": "linear2_at_sep", "format": "trl"}
+    elif any(tensor.startswith("v_head.") for tensor in names):
+        told = {"head": "value_sigmoid_at_sep", "format": "skywork"}
+    elif known or format in ("math_shepherd", "rlhflow"):
+        shepherd = known is not None and "shepherd" in known[0]
+        told = {"head": "lm_pair_at_token", "format": "math_shepherd" if shepherd else "rlhflow"}
+    else:
+        raise InputError(
+            f"{directory} holds no known PRM head: no score or v_head tensors, and its name is not "
+            'that of a known language-model PRM; give format="math_shepherd" or "rlhflow"'
+        )
+    return {**told, "format": format} if format else told
+
+
+def _checked_pair(pair_ids, vocab_size: int, directory) -> tuple[int, int]:
+    pair = list(pair_ids) if isinstance(pair_ids, list | tuple) else []
+    whole = all(isinstance(i, int) and 0 <= i < vocab_size for i in pair)
+    if not whole or len(pair) != 2 or pair[0] == pair[1]:
+        raise InputError(
+            f"{directory}: pair_ids must be two different ids (good, bad) of its vocabulary of "
+            f"{vocab_size}, got {pair_ids}"
+        )
+    return pair[0], pair[1]
+
+
+def find_pair_ids(tokenizer) -> tuple[int, int]:
+    """Returns the ids of the good and the bad verdict, "+" and "-", in a tokenizer.
+
+    In Math-Shepherd's (SentencePiece) these are 648 and 387, with the space before them.
+    """
+    good, bad = (tokenizer.encode(sign, add_special_tokens=False)[-1] for sign in "+-")
+    return good, bad
 
 
 def save_prm(path, prm: PRM, params, tokenizer=None) -> None:
-    """Writes a directory that `load_prm` loads."""
-    tensors = to_hf_tensors(prm.declare(), params)
-    config = {**config_to_hf(prm.backbone.config), "scope_jax_prm_head": prm.head}
-    write_checkpoint(path, tensors, config, tokenizer)
+    """Writes a directory that `load_prm` loads, in the published layout of its head."""
+    told = {"head": prm.head, **dataclasses.asdict(prm.format)}
+    told["format"] = told.pop("name")
+    if prm.pair_ids is not None:
+        told["pair_ids"] = list(prm.pair_ids)
+    config = {**config_to_hf(prm.backbone.config), "scope_jax_prm": told}
+    named = {"linear2_at_sep": "ForTokenClassification", "mlp2_at_token": "ForProcessRewardModel"}
+    if prm.head in named:  # transformers and TRL load the first as a token classifier
+        causal = config["architectures"][0]
+        config["architectures"] = [causal.replace("ForCausalLM", named[prm.head])]
+        config["id2label"] = {"0": "wrong", "1": "correct"}
+    write_checkpoint(path, prm.declare(), params, config, tokenizer)

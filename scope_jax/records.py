@@ -62,6 +62,20 @@ class StepScores:
 
 
 @struct.dataclass
+class ScoreRequests:
+    """Rollouts cut into reasoning steps, on the host."""
+
+    prompt_ids: Array  # [B, N] int32
+    prompt_mask: Array  # [B, N] bool
+    completion_ids: Array  # [B, T] int32
+    completion_mask: Array  # [B, T] bool
+    finished: Array  # [B] bool
+    step_ends: Array  # [B, S] int32, exclusive token offsets of the steps' ends
+    step_mask: Array  # [B, S] bool
+    records: tuple[dict[str, Any], ...] = struct.field(pytree_node=False)  # B rows of the data set
+
+
+@struct.dataclass
 class CorrectionRequests:
     """Rollouts cut before their first wrong step; some of the C rows are filling."""
 
@@ -81,6 +95,8 @@ class Continuations:
     mask: Array  # [C, U] bool
     logps: Array  # [C, U] float32, the teacher's own; 0 where it has none
     stopped: Array  # [C] bool
+    # [C] bool, no exact text between policy and teacher tokenizer; None where they have the same
+    unaligned: Array | None = None
 
 
 @struct.dataclass

@@ -8,19 +8,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object
-from scope_jax.data import render_prompt, tokenize_prompts
+from scope_jax.data import decode_steps, render_prompt, tokenize_prompts
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
 from scope_jax.models.hf import load_hf, load_tokenizer
-from scope_jax.prm import PRM, load_prm
-from scope_jax.records import CorrectionRequests, InputError, Prompts
+from scope_jax.prm import PRM, load_prm, score_steps
+from scope_jax.prm_formats import PRMTexts
+from scope_jax.records import InputError, Prompts
 from scope_jax.sampling import continue_from
+from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import make_mesh, put_batch, replicate
 from scope_jax.splicing import INSERT
-from scope_jax.teachers import Teacher, dataset_teacher, model_teacher
+from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
+
+# Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
+BUCKET_FACTOR = 2
 
 
 class Policy(NamedTuple):
@@ -97,6 +103,7 @@ def check_options(config: ConfigDict, mesh) -> None:
         ("select", "trigger", TRIGGERS),
         ("correct", "insert", INSERT),
         ("correct", "accept", ("verified_correct", "prm_ok", "any")),
+        ("prm", "reads", ("text", "policy_tokens")),
         ("loss", "off_policy", OFF_POLICY),
         ("loss", "loss_agg", LOSS_AGGREGATIONS),
     ):
@@ -150,24 +157,51 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
     return "\n".join(lines)
 
 
-def load_scorer(config: ConfigDict, policy: Policy, params) -> tuple[Any, Any]:
-    """Returns (prm, its params) of a config, or (None, None) where nothing reads step scores.
+def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
+    """Returns the function that scores reasoning steps, or None where nothing reads its scores.
 
     Without `prm.path` the PRM is a random head on a copy of the policy: good for a smoke test, and
     said so.
     """
+    if config.locate.locator == "oracle" and config.correct.n_correct:
+        decode = functools.partial(decode_steps, policy.tokenizer)
+        return oracle_scorer(policy.check_steps, decode)
     reads_scores = (
         config.locate.locator in ("prm", "random_correct")
         or config.select.select == "wrong_or_low_prm"
     )
     if config.correct.n_correct == 0 or not (reads_scores or config.correct.accept == "prm_ok"):
-        return None, None
-    if config.prm.path:
-        return load_prm(config.prm.path, mesh=policy.mesh, dtype=config.model.dtype)
-    prm = PRM(policy.model)
-    head = replicate(prm.init_head(jax.random.key(config.seed)), policy.mesh)
-    backbone = {name: weights for name, weights in params.items() if name != "unembed"}
-    return prm, {"backbone": jax.tree.map(jnp.copy, backbone), "head": head}
+        return None
+    options = config.prm
+    if options.path:
+        tokenizer, _ = load_tokenizer(options.path)
+        prm, prm_params = load_prm(
+            options.path, format=options.format or None, mesh=policy.mesh, dtype=config.model.dtype
+        )
+    else:
+        tokenizer, prm = policy.tokenizer, PRM(policy.model)
+        head = replicate(prm.init_head(jax.random.key(config.seed)), policy.mesh)
+        backbone = {name: weights for name, weights in params.items() if name != "unembed"}
+        prm_params = {"backbone": jax.tree.map(jnp.copy, backbone), "head": head}
+
+    def score_fn(ids, mask, score_positions, step_mask):
+        size, parts = options.batch_size or len(ids), []
+        for start in range(0, len(ids), size):
+            columns = (x[start : start + size] for x in (ids, mask, score_positions, step_mask))
+            columns = put_batch(tuple(columns), policy.mesh)
+            parts.append(jax.device_get(score_steps(prm, prm_params, *columns)))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+    if options.path and options.reads == "text":
+        layout = PRMTexts(tokenizer, prm.format, options.path)
+        limit = min(options.max_length, prm.max_position)
+        return text_scorer(score_fn, layout, policy.tokenizer, max_length=limit)
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise InputError(
+            f"PRM {options.path} has another tokenizer than policy {config.model.path}, so it "
+            "cannot read the policy's tokens: set --config.prm.reads=text"
+        )
+    return token_scorer(score_fn, max_length=prm.max_position)
 
 
 def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
@@ -184,19 +218,39 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
         raise InputError(f'teacher.kind must be "model" or "dataset", got {config.teacher.kind!r}')
     model, params = load_hf(config.teacher.path, mesh=policy.mesh, dtype=config.model.dtype)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
-    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise InputError(
-            f"teacher {config.teacher.path} has another tokenizer than policy {config.model.path}"
-        )
+    sampling = {
+        "eos_ids": eos_ids,
+        "pad_id": eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "temperature": config.teacher.temperature,
+        "top_p": config.teacher.top_p,
+    }
 
-    def continue_fn(requests: CorrectionRequests, key, buffer_length: int):
-        prompts = put_batch((requests.prompt_ids, requests.prompt_mask), policy.mesh)
-        prefixes = put_batch((requests.prefix_ids, requests.prefix_length), policy.mesh)
+    def continue_ids(prompt_ids, prompt_mask, prefix_ids, prefix_length, budgets, key):
+        prompts = put_batch((prompt_ids, prompt_mask), policy.mesh)
+        prefixes = put_batch((prefix_ids, prefix_length), policy.mesh)
         return continue_from(
-            model, params, prompts[0], prompts[1], prefixes[0], prefixes[1], key,
-            max_new_tokens=requests.budgets, eos_ids=eos_ids, pad_id=policy.pad_id,
-            temperature=config.teacher.temperature, top_p=config.teacher.top_p,
-            buffer_length=buffer_length,
+            model, params, *prompts, *prefixes, key=key, max_new_tokens=budgets,
+            buffer_length=config.sample.max_new_tokens, **sampling,
         )  # fmt: skip
 
-    return model_teacher(continue_fn, **end)
+    if tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+        return model_teacher(
+            lambda r, key: continue_ids(
+                r.prompt_ids, r.prompt_mask, r.prefix_ids, r.prefix_length, r.budgets, key
+            ),
+            policy_eos_id=end["policy_eos_id"],
+        )
+    prompt_bucket = BUCKET_FACTOR * config.data.max_prompt_length
+    prefix_bucket = BUCKET_FACTOR * config.sample.max_new_tokens
+    longest = prompt_bucket + prefix_bucket + config.sample.max_new_tokens
+    if longest > model.config.max_position:
+        raise InputError(
+            f"teacher {config.teacher.path} has another tokenizer than the policy and may read "
+            f"{longest} tokens; it was made for {model.config.max_position}: lower "
+            "data.max_prompt_length or sample.max_new_tokens"
+        )
+    return text_teacher(
+        continue_ids, policy.tokenizer, tokenizer,
+        functools.partial(render_prompt, tokenizer, **config.prompt),
+        prompt_bucket=prompt_bucket, prefix_bucket=prefix_bucket, **end,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ its neighbours. So each token needs the character offset up to which the text is
 A token that stops inside a UTF-8 character leaves it to the token that holds its last byte.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -88,6 +89,62 @@ def segment_steps(
         step_ends[i, : len(kept)] = kept
         step_mask[i, : len(kept)] = True
     return step_ends, step_mask
+
+
+def step_texts(
+    tokenizer: Any, completion_ids: Any, completion_mask: Any, step_ends: Any, step_mask: Any
+) -> list[list[str] | None]:
+    """Returns the exact text of every reasoning step, for readers with another tokenizer.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      completion_ids, completion_mask: [B, T].
+      step_ends, step_mask: [B, S] from `segment_steps`.
+    Returns:
+      Per row the texts of its steps, which add up to the text of the completion, its end tokens
+      left out. None where there is no exact text: bytes that are no UTF-8, a cut inside a
+      character, or a special token before the end. A row without steps gives [].
+    """
+    special = set(tokenizer.all_special_ids)
+    return [
+        _exact_pieces(tokenizer.decode, row[keep].tolist(), ends[real].tolist(), special)
+        for row, keep, ends, real in zip(
+            np.asarray(completion_ids), np.asarray(completion_mask), step_ends, step_mask,
+            strict=True,
+        )
+    ]  # fmt: skip
+
+
+def _exact_pieces(
+    decode: Decode, ids: list[int], ends: list[int], special: set[int]
+) -> list[str] | None:
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    if special.intersection(ids):
+        return None
+    text = decode(ids) if ids else ""
+    if _REPLACEMENT in text:
+        return None
+    bounds = [min(end, len(ids)) for end in [0, *ends]]
+    pieces = [decode(ids[a:b]) if b > a else "" for a, b in itertools.pairwise(bounds)]
+    if "".join(pieces) == text:
+        return pieces
+    # SentencePiece drops the space of a text's first token: compare whole prefixes instead.
+    shown = [decode(ids[:bound]) if bound else "" for bound in bounds]
+    if not all(text.startswith(prefix) for prefix in shown):
+        return None
+    return [text[len(a) : len(b)] for a, b in itertools.pairwise(shown)]
+
+
+def survives(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer gives a text back, and takes no part of it for one of its own marks.
+
+    A model that writes "<|im_end|>" in plain letters must not end its turn in another's eyes.
+    """
+    if _REPLACEMENT in text or any(mark in text for mark in tokenizer.all_special_tokens if mark):
+        return False
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def _parse_splitter(splitter: Splitter) -> tuple[Find, bool]:

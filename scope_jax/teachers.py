@@ -12,29 +12,106 @@ import jax
 import numpy as np
 
 from scope_jax.records import Continuations, CorrectionRequests
+from scope_jax.steps import step_texts, survives
 
 Teacher = Callable[[CorrectionRequests, jax.Array], Continuations]
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def model_teacher(continue_fn, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
+def model_teacher(continue_fn, *, policy_eos_id: int) -> Teacher:
     """A second language model with the policy's tokenizer.
 
     Args:
-      continue_fn: (requests, key, buffer_length) -> Rollouts of the continuations;
+      continue_fn: (requests, key) -> Rollouts of the continuations, at most U tokens;
         `sampling.continue_from` with the teacher's model, params and end tokens bound.
       policy_eos_id: takes the place of the teacher's own end token.
-      max_new_tokens: U.
     """
 
     def teach(requests: CorrectionRequests, key) -> Continuations:
-        written = jax.device_get(continue_fn(requests, key, max_new_tokens))
+        written = jax.device_get(continue_fn(requests, key))
         ids, mask = np.array(written.completion_ids), written.completion_mask
         last = np.maximum(mask.sum(-1) - 1, 0)
         rows = np.flatnonzero(written.finished)
         ids[rows, last[rows]] = policy_eos_id
         return Continuations(ids=ids, mask=mask, logps=written.logps, stopped=written.finished)
+
+    return teach
+
+
+def text_teacher(
+    continue_fn,
+    tokenizer,
+    teacher_tokenizer,
+    render: Callable[[str], str],
+    *,
+    policy_eos_id: int,
+    max_new_tokens: int,
+    prompt_bucket: int,
+    prefix_bucket: int,
+) -> Teacher:
+    """A second language model with another tokenizer: it reads and writes exact text.
+
+    The policy's prefix keeps its ids; only what the teacher adds is tokenised, for the policy. A
+    prefix that is no exact text in the teacher's tokens, or a continuation that is none in the
+    policy's, is not stopped and marked in `unaligned`.
+
+    Args:
+      continue_fn: (prompt_ids, prompt_mask [C, prompt_bucket], prefix_ids [C, prefix_bucket],
+        prefix_length, budgets [C], key) -> Rollouts of the continuations, in teacher tokens.
+      tokenizer: the policy's; teacher_tokenizer: the teacher's.
+      render: problem -> the teacher's prompt text.
+      policy_eos_id: ends every continuation.
+      max_new_tokens: U.
+      prompt_bucket, prefix_bucket: teacher tokens; a longer prompt or prefix is not aligned.
+    """
+
+    def encode(record, prefix: str) -> tuple[list[int], list[int]] | None:
+        if prefix and not survives(teacher_tokenizer, prefix):
+            return None
+        texts = (render(record["problem"]), prefix)
+        prompt, ids = (teacher_tokenizer.encode(t, add_special_tokens=False) for t in texts)
+        fits = 0 < len(prompt) <= prompt_bucket and len(ids) <= prefix_bucket
+        return (prompt, ids) if fits else None
+
+    def teach(requests: CorrectionRequests, key) -> Continuations:
+        rows = len(requests.records)
+        prompt_ids = np.zeros((rows, prompt_bucket), np.int32)
+        prompt_mask = np.zeros((rows, prompt_bucket), bool)
+        prompt_mask[:, -1] = True  # filling rows still need a token to start from
+        prefix_ids = np.zeros((rows, prefix_bucket), np.int32)
+        lengths, budgets = np.zeros(rows, np.int32), np.asarray(requests.budgets).copy()
+        unaligned, prefixes = np.zeros(rows, bool), [""] * rows
+        kept = np.arange(requests.prefix_ids.shape[1])[None] < requests.prefix_length[:, None]
+        whole = np.asarray(requests.prefix_length)[:, None]
+        texts = step_texts(tokenizer, requests.prefix_ids, kept, whole, whole > 0)
+        for row in np.flatnonzero(budgets > 0):
+            pieces = texts[row]
+            encoded = encode(requests.records[row], "".join(pieces)) if pieces is not None else None
+            unaligned[row] = encoded is None
+            budgets[row] = 0 if encoded is None else budgets[row]
+            if encoded is not None:
+                (prompt, prefix), prefixes[row] = encoded, "".join(pieces or [])
+                prompt_ids[row, -len(prompt) :], prompt_mask[row, -len(prompt) :] = prompt, True
+                prefix_ids[row, : len(prefix)], lengths[row] = prefix, len(prefix)
+        written = jax.device_get(
+            continue_fn(prompt_ids, prompt_mask, prefix_ids, lengths, budgets, key)
+        )
+        shape, stopped = (rows, max_new_tokens), np.zeros(rows, bool)
+        ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row in np.flatnonzero(budgets > 0):
+            context = prefix_ids[row, : lengths[row]].tolist()
+            new = written.completion_ids[row][written.completion_mask[row]].tolist()
+            text = teacher_tokenizer.decode(context + new, skip_special_tokens=True)
+            added = text.removeprefix(prefixes[row])
+            exact = text.startswith(prefixes[row]) and survives(tokenizer, added)
+            tokens = tokenizer.encode(added, add_special_tokens=False)
+            finished = bool(written.finished[row])
+            unaligned[row] = finished and not exact
+            stopped[row] = finished and exact and len(tokens) < budgets[row]
+            tokens = [*tokens, policy_eos_id] if stopped[row] else tokens[: budgets[row]]
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
+        return Continuations(ids, mask, np.zeros(shape, np.float32), stopped, unaligned)
 
     return teach
 

@@ -30,13 +30,18 @@ from ml_collections import ConfigDict
 
 from scope_jax import checkpoint
 from scope_jax.configlib import claim_workdir, load_config, one_line_errors
-from scope_jax.data import decode_completions, decode_steps, prompt_iterator
+from scope_jax.data import decode_completions, prompt_iterator
 from scope_jax.evaluate import evaluate_policy
 from scope_jax.locate import plan_corrections
 from scope_jax.losses import assign_credit
 from scope_jax.metrics import CompileCounter, Timer, Writer, correction_metrics, mean_diversity
-from scope_jax.prm import score_steps
-from scope_jax.records import CorrectionRequests, InputError, TrainBatch, TrainState
+from scope_jax.records import (
+    CorrectionRequests,
+    InputError,
+    ScoreRequests,
+    TrainBatch,
+    TrainState,
+)
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import generate
@@ -52,8 +57,7 @@ class Run(NamedTuple):
     """What does not change during a run."""
 
     policy: Policy
-    prm: Any  # None where nothing reads step scores
-    prm_params: Any
+    scorer: Any  # None where nothing reads step scores
     teacher: Any  # None where nothing is repaired
     optimizer: Any
     ref_params: Any  # None unless kl_coef > 0
@@ -107,25 +111,17 @@ def verify(run: Run, rows: Rows, records) -> np.ndarray:
 
 
 def score(run: Run, config: ConfigDict, rows: Rows, records):
-    """Cuts completions into steps and scores each: (step_ends, scores, step_mask), numpy [B, S]."""
-    policy, ids, mask = run.policy, rows["ids"], rows["mask"]
+    """Cuts completions into steps and scores them: step_ends, scores, step_mask [B, S], counts."""
     with run.timer("score"):
-        step_ends, step_mask = segment_steps(policy.tokenizer, ids, mask, **config.steps)
-        scores = np.ones(step_ends.shape, np.float32)
-        if config.locate.locator == "oracle":
-            texts = decode_steps(policy.tokenizer, ids, step_ends, step_mask)
-            for row, (steps, finished) in enumerate(zip(texts, rows["finished"], strict=True)):
-                gold = records[rows["record"][row]]["gold"]
-                scores[row, : len(steps)] = policy.check_steps(gold, steps, bool(finished))
-        elif run.prm is not None:
-            all_ids = np.concatenate([rows["prompt_ids"], ids], axis=1)
-            all_mask = np.concatenate([rows["prompt_mask"], mask], axis=1)
-            last_token = rows["prompt_ids"].shape[1] + step_ends - 1  # where each step is read
-            read_at = np.where(step_mask, last_token, 0).astype(np.int32)
-            columns = put_batch((all_ids, all_mask, read_at, step_mask), policy.mesh)
-            scored = jax.device_get(score_steps(run.prm, run.prm_params, *columns))
-            scores, step_mask = scored.scores, scored.mask
-    return step_ends, scores, step_mask
+        cut = segment_steps(run.policy.tokenizer, rows["ids"], rows["mask"], **config.steps)
+        if run.scorer is None:
+            return cut[0], np.ones(cut[0].shape, np.float32), cut[1], {}
+        requests = ScoreRequests(
+            rows["prompt_ids"], rows["prompt_mask"], rows["ids"], rows["mask"], rows["finished"],
+            *cut, records=tuple(records[i] for i in rows["record"]),
+        )  # fmt: skip
+        scored, counts = run.scorer(requests)
+    return cut[0], scored.scores, scored.mask, counts
 
 
 def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert_key, teach_keys):
@@ -136,7 +132,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     """
     options, mesh, size = config.correct, run.policy.mesh, config.sample.group_size
     solved_at = config.reward.solved_at
-    step_ends, scores, step_mask = score(run, config, rows, records)
+    step_ends, scores, step_mask, counts = score(run, config, rows, records)
     columns = (rows["rewards"], rows["finished"], scores, step_ends, step_mask)
     plan = plan_corrections(
         *put_batch(columns, mesh), (locate_key, insert_key), group_size=size, solved_at=solved_at,
@@ -146,7 +142,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     )  # fmt: skip
     plan = first_error, chosen, is_real, kept, targets = jax.device_get(plan)
     fixed = {name: value[chosen] for name, value in rows.items()}
-    accepted, teacher_tokens = np.zeros(len(chosen), bool), 0
+    accepted, teacher_tokens, unaligned = np.zeros(len(chosen), bool), 0, 0
     for key in teach_keys:
         wanted = is_real & ~accepted
         budgets = np.where(wanted, rows["ids"].shape[1] - kept, 0).astype(np.int32)
@@ -167,11 +163,14 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
             value[good] = new[name][good]
         accepted |= good
         teacher_tokens += int(written.mask.sum())
+        if written.unaligned is not None:
+            unaligned += int(written.unaligned.sum())
     repaired = insert_rows(
         rows, fixed, targets=targets, accepted=accepted, group_size=size, insert=options.insert
     )
     wrong = rows["rewards"] < solved_at
-    metrics = correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
+    counts["teacher/alignment_failed"] = unaligned
+    metrics = counts | correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
     return repaired, metrics, trace
 
@@ -181,7 +180,7 @@ def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
     if config.correct.accept == "verified_correct":
         return rows["rewards"] >= config.reward.solved_at
     if config.correct.accept == "prm_ok":
-        _, scores, step_mask = score(run, config, rows, records)
+        _, scores, step_mask, _ = score(run, config, rows, records)
         return step_mask.any(1) & ~((scores < config.locate.tau) & step_mask).any(1)
     return np.ones(len(rows["rewards"]), bool)
 
@@ -225,11 +224,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     data = prompt_iterator(problems, batch_size=size, seed=config.seed)
     # A prompt that does not fit stops the run before it starts (procedural tasks: the first one).
     policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
-    prm, prm_params = load_scorer(config, policy, params)
+    scorer = load_scorer(config, policy, params)
     optimizer = make_optimizer(config.total_steps * config.learn.mini_batches, **config.optimizer)
     ref_params = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     teacher = load_teacher(config, policy)
-    run = Run(policy, prm, prm_params, teacher, optimizer, ref_params, Timer())
+    run = Run(policy, scorer, teacher, optimizer, ref_params, Timer())
     claim_workdir(workdir, config)
 
     # Where to start: 1. the workdir's newest checkpoint; 2. model.path.

@@ -11,18 +11,21 @@ PACKAGE = ROOT / "scope_jax"
 
 FLOORS = [
     ["records", "methods", "configlib"],
-    ["sharding", "steps", "locate", "splicing", "losses", "diversity"],
-    ["models", "models.kv_cache", "models.transformer", "models.hf"],
-    ["data", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling", "rewards", "prm"]
-    + ["teachers", "update", "checkpoint", "metrics"],
-    ["roles", "evaluate", "pretrain"],
+    ["sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
+    + ["calibration"],
+    ["models", "models.kv_cache", "models.transformer", "models.safetensors_files", "models.hf"],
+    ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
+    + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"],
+    ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"],
     ["train"],
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"),
     ("models.transformer", "models.kv_cache"), ("models.hf", "models.transformer"),
-    ("tasks.math_problems", "data"), ("evaluate", "roles"),
+    ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"),
+    ("tasks.math_problems", "data"), ("step_labels", "data"),
+    ("evaluate", "roles"), ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),
 }  # fmt: skip
 
 

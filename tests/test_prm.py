@@ -74,7 +74,7 @@ def test_scores_are_the_softmax_of_a_plain_forward_at_the_ends_of_the_steps():
     for row, (tokens, ends) in enumerate(zip(TOKENS, STEP_ENDS, strict=True)):
         hidden = forward(tokens[None], np.arange(len(tokens))[None])  # alone and without padding
         for step, end in enumerate(ends):
-            wrong, correct = np.asarray(hidden, np.float64)[0, end] @ head["weight"] + head["bias"]
+            wrong, correct = np.asarray(hidden, np.float64)[0, end] @ head["w"] + head["b"]
             want = np.exp(correct) / (np.exp(wrong) + np.exp(correct))
             np.testing.assert_allclose(scored.scores[row, step], want, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(scored.mask, STEP_MASK)
@@ -171,8 +171,8 @@ def test_saved_prm_loads_with_the_same_bits(dtype, tmp_path):
 def test_saved_head_has_the_names_and_layout_of_trl(tmp_path):
     save_prm(tmp_path, PRM_MODEL, PARAMS)
     tensors = load_file(tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(tensors["score.weight"], PARAMS["head"]["weight"].T)
-    np.testing.assert_array_equal(tensors["score.bias"], PARAMS["head"]["bias"])
+    np.testing.assert_array_equal(tensors["score.weight"], PARAMS["head"]["w"].T)
+    np.testing.assert_array_equal(tensors["score.bias"], PARAMS["head"]["b"])
     assert tensors["score.weight"].shape == (2, 8)
     assert "lm_head.weight" not in tensors
 
@@ -198,7 +198,7 @@ def test_prm_loads_onto_a_mesh(tmp_path):
 def test_language_model_is_no_prm(tmp_path):
     backbone = dataclasses.replace(PRM_MODEL.backbone.config, tie_embeddings=True)
     save_hf(tmp_path, Transformer(backbone), PARAMS["backbone"])
-    with pytest.raises(InputError, match='has no "scope_jax_prm_head": not a PRM'):
+    with pytest.raises(InputError, match="holds no known PRM head"):
         load_prm(tmp_path)
 
 
@@ -214,7 +214,8 @@ def test_prm_without_its_head_s_tensors_is_refused(tmp_path):
 def test_unknown_head_is_named(tmp_path):
     save_prm(tmp_path, PRM_MODEL, PARAMS)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "scope_jax_prm_head": "oracle"}))
+    told = {"head": "oracle", "format": "trl"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scope_jax_prm": told}))
     with pytest.raises(InputError, match="PRM head 'oracle' is not known"):
         load_prm(tmp_path)
 

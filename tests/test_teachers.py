@@ -64,12 +64,12 @@ def test_model_teacher_writes_the_policy_s_end_token_for_its_own():
         )  # fmt: skip
 
     given, key = requests(["a"] * 5, [4] * 5, [{}] * 5), jax.random.key(0)
-    written = model_teacher(continue_fn, policy_eos_id=7, max_new_tokens=4)(given, key)
+    written = model_teacher(continue_fn, policy_eos_id=7)(given, key)
     assert written.ids.tolist() == [[3, 7, 0, 0], [3, 4, 5, 6], [4, 5, 6, 7], [0] * 4, [7, 0, 0, 0]]
     assert written.stopped.tolist() == [True, False, True, False, True]
     np.testing.assert_array_equal(written.mask, mask)
     np.testing.assert_array_equal(written.logps, logps)
-    assert len(asked) == 1 and asked[0][0] is given and asked[0][1] is key and asked[0][2] == 4
+    assert len(asked) == 1 and asked[0][0] is given and asked[0][1] is key
 
 
 # --- A worked solution ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import collections
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from scope_jax.configlib import load_config
 from scope_jax.evaluate import main as evaluate_main
 from scope_jax.models.hf import save_hf
 from scope_jax.models.transformer import Transformer, TransformerConfig
+from scope_jax.prm import PRM, save_prm
 from scope_jax.train import main, train
 
 WORKSHEET = "worksheet:n=3,runlocal"
@@ -185,7 +187,12 @@ def language_model(tmp_path_factory):
         )
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("lm")
-    save_hf(folder / "model", model, model.init(jax.random.key(0)), fast)
+    params = model.init(jax.random.key(0))
+    save_hf(folder / "model", model, params, fast)
+    prm = PRM(model)
+    backbone = {name: value for name, value in params.items() if name != "unembed"}
+    head = prm.init_head(jax.random.key(1))
+    save_prm(folder / "prm", prm, {"backbone": backbone, "head": head}, fast)
     lines = [
         {
             "question": f"What is {i} plus {i}?",
@@ -234,18 +241,19 @@ class Reads:
 
 def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, language_model):
     unread = []
-    for name, options in {
-        WORKSHEET: [],
-        "gsm8k_smollm2:runlocal": gsm8k_options(language_model),
-    }.items():
+    with_prm = gsm8k_options(language_model, f"--config.prm.path={language_model / 'prm'}")
+    for number, (name, options) in enumerate(
+        [(WORKSHEET, []), ("gsm8k_smollm2:runlocal", with_prm)]
+    ):
         config = load_config(name, options)
         reads = Reads(monkeypatch)
-        train(config, tmp_path / name.split(":")[0])
+        train(config, tmp_path / str(number))
         unread.append(reads.unread(config))
         monkeypatch.undo()
-    # What only another teacher or split reads may be idle in one config, never in all of them.
+    # What only another teacher, PRM or split reads may be idle in one config, never in all of them.
     assert set.intersection(*unread) <= {"method"}, "these keys do nothing"
-    assert set.union(*unread) <= {"method", "teacher.path", "teacher.temperature", "teacher.top_p"}
+    idle = {"teacher.path", "teacher.temperature", "teacher.top_p", "prm.max_length"}
+    assert set.union(*unread) <= {"method"} | idle
 
 
 def test_a_random_prm_head_says_so(tmp_path, language_model, capsys):
@@ -294,7 +302,7 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
     [
         ("--config.locate.tao=0.4", "did you mean 'tau'?"),
         ("--config.model.path=/nowhere", "model directory /nowhere does not exist"),
-        ("--config.prm.path=scope_jax/tasks/worksheet_models/policy", "scope_jax_prm_head"),
+        ("--config.prm.path=scope_jax/tasks/worksheet_models/policy", "holds no known PRM head"),
         ("--config.data.prompts_per_step=6", "data.prompts_per_step=6 does not divide over the 8"),
         ("--config.data.max_prompt_length=5", "data.max_prompt_length is 5"),
         ("--config.mesh.data=3", "mesh data=3, fsdp=1, model=1 does not match 8 devices"),
@@ -368,8 +376,8 @@ def test_evaluate_reads_a_model_directory(capsys, scope_run):
     assert printed == {key: value for key, value in first.items() if key != "step"}
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "pretrain"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "pretrain", "train_prm", "export"])
 def test_every_command_helps_with_an_example(module):
     command = [sys.executable, "-m", f"scope_jax.{module}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"example: python -m scope_jax.{module}" in " ".join(done.stdout.split())
+    assert re.search(rf"examples?: python -m scope_jax.{module}", " ".join(done.stdout.split()))

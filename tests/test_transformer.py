@@ -11,6 +11,7 @@ import pytest
 
 from scope_jax.models.kv_cache import init_cache, positions_from_mask, repeat_rows
 from scope_jax.models.transformer import (
+    Llama3Rope,
     Transformer,
     TransformerConfig,
     Weight,
@@ -18,6 +19,7 @@ from scope_jax.models.transformer import (
     init_params,
     rms_norm,
     rotary_angles,
+    rotary_frequencies,
     rotate,
 )
 
@@ -130,6 +132,63 @@ def test_rotation_by_hand():
     np.testing.assert_allclose(rotate(x, angles)[0, :, 0], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "theta", "scaling"),
+    [
+        (64, 5e5, Llama3Rope(32.0, 1.0, 4.0, 8192)),  # Llama 3.2 1B
+        (128, 5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)),  # Llama 3.1 8B
+        (8, 100.0, Llama3Rope(3.0, 0.5, 6.0, 50)),
+    ],
+)
+def test_llama3_frequencies_equal_the_published_formula(head_dim, theta, scaling):
+    want, bands = [], set()
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2 * i / head_dim)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < scaling.original_max_position / scaling.high_freq_factor:
+            bands.add("kept")
+            want.append(frequency)
+        elif wavelength > scaling.original_max_position / scaling.low_freq_factor:
+            bands.add("slowed")
+            want.append(frequency / scaling.factor)
+        else:
+            bands.add("between")
+            smooth = scaling.original_max_position / wavelength - scaling.low_freq_factor
+            smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+            want.append((1 - smooth) * frequency / scaling.factor + smooth * frequency)
+    assert bands == {"kept", "between", "slowed"}
+    np.testing.assert_allclose(rotary_frequencies(head_dim, theta, scaling), want, rtol=2e-5)
+
+
+def test_norm_of_queries_and_keys_by_hand():
+    # One token at position 0 (no rotation), one layer, one head: the score of a token with itself
+    # is q.k / sqrt(head_dim), but its attention weight is 1 whatever it is. So two tokens:
+    # attention weights are softmax of the normed products, and values pass through.
+    config = TransformerConfig(
+        vocab_size=2, embed_dim=2, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
+        mlp_dim=1, qk_norm=True, rope_theta=1e30, rms_norm_eps=1e-12,
+    )  # fmt: skip
+    params = jax.tree.map(
+        lambda w: jnp.zeros(w.shape), declare(config), is_leaf=lambda x: isinstance(x, Weight)
+    )
+    eye = jnp.eye(2)
+    params["embed"] = jnp.array([[3.0, 4.0], [4.0, -3.0]])
+    params["final_norm"] = jnp.ones(2)
+    layer = params["layers"]
+    layer["attn_norm"] = jnp.ones((1, 2))
+    for name in "qkv":
+        layer[name]["w"] = 7 * eye.reshape(1, 2, 1, 2)  # the norm takes the 7 off q and k again
+    layer["o"] = eye.reshape(1, 1, 2, 2)
+    layer["q"]["norm"], layer["k"]["norm"] = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 5.0]])
+    hidden = hidden_of(Transformer(config), params, np.array([[0, 1]]), np.zeros((1, 2), np.int32))
+    x = np.array([[3.0, 4.0], [4.0, -3.0]]) / np.sqrt(12.5)  # after attn_norm; norms keep it
+    scores = (x * [1.0, 2.0]) @ (x * [3.0, 5.0]).T / np.sqrt(2)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    out = np.array([[3.0, 4.0], [4.0, -3.0]]) + weights @ (7 * x)
+    want = out / np.sqrt((out**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(hidden[0], want, rtol=1e-5)
+
+
 # --- What a token sees ----------------------------------------------------------------------------
 
 
@@ -166,6 +225,55 @@ def test_positions_count_the_real_tokens():
     mask = jnp.array([[False, True, True, False], [True, True, False, True], [False] * 4])
     assert positions_from_mask(mask).tolist() == [[-1, 0, 1, -1], [0, 1, -1, 2], [-1] * 4]
     assert positions_from_mask(mask).dtype == jnp.int32
+
+
+WINDOWED = Transformer(dataclasses.replace(CONFIG, sliding_window=3))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def hidden_under_mask(model, params, tokens, positions, mask):
+    """The forward with one layer's mask written down by hand, [B, L, L] bool."""
+    c, x = model.config, params["embed"][tokens]
+    angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+    for n in range(c.num_layers):
+        w = jax.tree.map(lambda a, n=n: a[n], params["layers"])
+        x, _, _ = model._layer(w, n, x, None, None, None, mask, angles)
+    return rms_norm(x, params["final_norm"], c.rms_norm_eps)
+
+
+def test_sliding_window_equals_a_mask_written_by_hand():
+    band = np.array(
+        [
+            [1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0],
+            [0, 1, 1, 1, 0, 0, 0],
+            [0, 0, 1, 1, 1, 0, 0],
+            [0, 0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 1, 1, 1],
+        ],
+        bool,
+    )
+    mask = np.broadcast_to(band, (ROWS, LENGTH, LENGTH))
+    want = hidden_under_mask(MODEL, PARAMS, TOKENS, POSITIONS, mask)
+    got = hidden_of(WINDOWED, PARAMS, TOKENS, POSITIONS)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    full = hidden_of(MODEL, PARAMS, TOKENS, POSITIONS)
+    np.testing.assert_allclose(got[:, :3], full[:, :3], rtol=0, atol=1e-5)
+    assert (np.abs(got - full).max(axis=(0, 2))[3:] > 1e-2).all()
+
+
+def test_sliding_window_counts_positions_in_the_cache_not_slots():
+    # Row 1 has padding on its left, row 2 a hole: their windows skip those slots.
+    slots = [[0, 1, 2, 3, 4, 5, 6], [-1, -1, -1, 0, 1, 2, 3], [0, 1, 2, 3, -1, 4, 5]]
+    slots = np.array(slots, np.int32)
+    tokens = np.take_along_axis(TOKENS, np.maximum(slots, 0), axis=1)
+    want = np.asarray(hidden_of(WINDOWED, PARAMS, TOKENS, POSITIONS))
+    cache = WINDOWED.init_cache(ROWS, LENGTH + 1)
+    for t in range(LENGTH):
+        hidden, cache = read_one(WINDOWED, PARAMS, tokens[:, t], slots[:, t], cache)
+        for row in np.nonzero(slots[:, t] >= 0)[0]:
+            np.testing.assert_allclose(hidden[row], want[row, slots[row, t]], rtol=0, atol=1e-5)
 
 
 # --- The cache ------------------------------------------------------------------------------------
@@ -236,6 +344,14 @@ def test_declaration_has_biases_and_an_unembedding_only_where_the_config_says_so
     plain = declare(dataclasses.replace(CONFIG, qkv_bias=False, tie_embeddings=True))
     assert set(plain) == {"embed", "layers", "final_norm"}
     assert [set(plain["layers"][name]) for name in "qkv"] == [{"w"}] * 3
+
+
+def test_norms_of_queries_and_keys_are_declared_only_where_the_config_says_so():
+    normed = declare(dataclasses.replace(CONFIG, qkv_bias=False, qk_norm=True))["layers"]
+    assert [set(normed[name]) for name in "qkv"] == [{"w", "norm"}, {"w", "norm"}, {"w"}]
+    norm = normed["k"]["norm"]
+    assert (norm.shape, norm.hf) == ((2, 4), "model.layers.{i}.self_attn.k_norm.weight")
+    assert norm.init == "ones"
 
 
 def test_tied_model_reads_its_logits_off_the_embedding():

@@ -7,6 +7,8 @@ stacked over layers.
 """
 
 import dataclasses
+import functools
+import gc
 import json
 import math
 import os
@@ -15,38 +17,63 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
+from scope_jax.models.safetensors_files import (
+    CHUNK_BYTES,
+    FLOATS,
+    Output,
+    Tensors,
+    write_files,
+)
+from scope_jax.models.transformer import (
+    Llama3Rope,
+    Transformer,
+    TransformerConfig,
+    Weight,
+    declare,
+)
 from scope_jax.records import InputError
 from scope_jax.sharding import TRAINING, shardings
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not expected here
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What transformers takes for keys that a family's config.json may leave out.
+_LEFT_OUT = {
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}  # fmt: skip
 
 
 def load_hf(path_or_hub_id, *, mesh=None, rules=None, dtype=None):
-    """Loads a Llama or Qwen2 family checkpoint.
+    """Loads a Llama, Mistral, Qwen2 or Qwen3 family checkpoint, in bounded host memory.
 
     Args:
       path_or_hub_id: a directory with config.json and *.safetensors, or a hub id (fetched by
         huggingface_hub, which transformers brings along).
       mesh: place the params on it (default: the default device).
       rules: sharding rules on that mesh (default: TRAINING).
-      dtype: of the params (default: as stored). The computation runs in it too.
+      dtype: of the params (default: as the embeddings are stored; float32 for F64, bfloat16 for
+        8-bit floats). The computation runs in it too.
     Returns:
       (Transformer, params).
     Raises:
       InputError: no such directory, an unsupported architecture, or ONE message with all missing,
-      unexpected and
-        mis-shaped tensors.
+        unexpected, mis-shaped and unreadable tensors.
     """
     directory = resolve(path_or_hub_id)
-    config = config_from_hf(read_config(directory), directory)
+    config = config_from_hf(read_config(directory), directory / "config.json")
     params = load_tree(declare(config), Tensors(directory), mesh=mesh, rules=rules, dtype=dtype)
     return Transformer(dataclasses.replace(config, dtype=str(params["embed"].dtype))), params
 
@@ -71,7 +98,10 @@ def resolve(path_or_hub_id) -> pathlib.Path:
         from huggingface_hub import snapshot_download
 
         return pathlib.Path(
-            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+            snapshot_download(
+                text,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            )
         )
     except Exception as error:  # the hub client raises many kinds; offline is the usual one
         reason = str(error).splitlines()[0][:200]
@@ -97,50 +127,162 @@ def read_config(directory: pathlib.Path, name: str = "config.json") -> dict[str,
 
 
 def config_from_hf(hf: Mapping[str, Any], source: Any = "config.json") -> TransformerConfig:
-    """Translates config.json; refuses what this forward does not compute instead of ignoring it."""
+    """Translates config.json; refuses what this forward does not compute instead of ignoring it.
+
+    Args:
+      hf: content of config.json.
+      source: names the file in errors.
+    Raises:
+      InputError: an unknown architecture or feature, or a key with an impossible value.
+    """
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    blocks = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    rope = {**blocks[0], **blocks[1]}
-    scaling = {block.get(k) for block in blocks for k in ("type", "rope_type")} - {None, "default"}
+    hf = {**_LEFT_OUT[family], **hf}
+    _refuse_unsupported(hf, family, source)
+    heads, embed_dim = (
+        _positive(hf, key, source) for key in ("num_attention_heads", "hidden_size")
+    )
+    kv_heads = heads
+    if hf["num_key_value_heads"] is not None:
+        kv_heads = _positive(hf, "num_key_value_heads", source)
+    if heads % kv_heads:
+        raise InputError(
+            f"{source}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{kv_heads}"
+        )
+    if hf.get("head_dim") is not None:
+        head_dim = _positive(hf, "head_dim", source)
+    elif embed_dim % heads == 0:
+        head_dim = embed_dim // heads
+    else:
+        raise InputError(
+            f"{source}: hidden_size {embed_dim} does not divide by num_attention_heads {heads}, "
+            "and head_dim is not given"
+        )
+    if head_dim % 2:
+        raise InputError(f"{source}: head_dim {head_dim} is odd: rotary positions turn pairs")
+    tied, window = hf.get("tie_word_embeddings", False), None
+    if not isinstance(tied, bool):
+        raise InputError(f"{source}: key 'tie_word_embeddings' must be true or false, not {tied!r}")
+    if family == "mistral" and hf["sliding_window"] is not None:
+        window = _positive(hf, "sliding_window", source)
+    rope = _rope(hf)
+    return TransformerConfig(
+        vocab_size=_positive(hf, "vocab_size", source),
+        embed_dim=embed_dim,
+        num_layers=_positive(hf, "num_hidden_layers", source),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_dim=_positive(hf, "intermediate_size", source),
+        rope_theta=_positive(rope, "rope_theta", source, float),
+        rms_norm_eps=_positive({"rms_norm_eps": 1e-6, **hf}, "rms_norm_eps", source, float),
+        rope_scaling=_llama3_rope(rope, source) if "llama3" in _rope_types(hf) else None,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=window,
+        tie_embeddings=tied,
+        max_position=_positive(hf, "max_position_embeddings", source),
+    )
+
+
+def _positive(hf: Mapping[str, Any], key: str, source, kind: type = int):
+    """Returns a positive number of config.json."""
+    if key not in hf:
+        raise InputError(f"{source}: key {key!r} is missing")
+    value = hf[key]
+    if type(value) not in {int, kind} or not 0 < value < math.inf:
+        whole = "whole " if kind is int else ""
+        raise InputError(f"{source}: key {key!r} must be a positive {whole}number, not {value!r}")
+    return kind(value)
+
+
+def _rope_blocks(hf: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what the old and the new spelling (transformers 5) say of rotary positions."""
+    blocks = [hf.get(key) for key in ("rope_scaling", "rope_parameters")]
+    return [block for block in blocks if isinstance(block, dict)]
+
+
+def _rope_types(hf: Mapping[str, Any]) -> set[str]:
+    named = {str(b[k]) for b in _rope_blocks(hf) for k in ("type", "rope_type") if b.get(k)}
+    return named - {"default"}
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of rotary positions in one dict, absent ones with transformers' defaults."""
+    rope: dict[str, Any] = {
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": hf["max_position_embeddings"],
+    }
+    for block in (hf, *_rope_blocks(hf)):
+        rope |= {key: value for key, value in block.items() if value is not None}
+    return rope
+
+
+def _llama3_rope(rope: Mapping[str, Any], source) -> Llama3Rope:
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    factor, low, high = (_positive(rope, key, source, float) for key in factors)
+    if low >= high:
+        raise InputError(f"{source}: low_freq_factor {low} is not below high_freq_factor {high}")
+    original = _positive(rope, "original_max_position_embeddings", source)
+    return Llama3Rope(factor, low, high, original)
+
+
+def _refuse_unsupported(hf: Mapping[str, Any], family: str, source) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise InputError(f"{source}: key {key!r} must be an object, not {hf[key]!r}")
+    types = _rope_types(hf)
+    unknown = sorted(types - {"llama3"})
+    windowed = family == "mistral" and hf["sliding_window"] is not None
+    layers = hf.get("layer_types") or []
+    same = ["sliding_attention" if windowed else "full_attention"] * len(layers)
     refused = {
-        f"rope scaling {', '.join(sorted(map(repr, scaling)))}": bool(scaling),
-        "sliding window attention": bool(hf.get("use_sliding_window")),
+        f"rope scaling {', '.join(map(repr, unknown))}": bool(unknown),
+        "rotary positions per layer type": any(
+            isinstance(value, dict) for block in _rope_blocks(hf) for value in block.values()
+        ),
+        "partial_rotary_factor": _rope(hf).get("partial_rotary_factor", 1.0) != 1.0,
+        "sliding window attention (use_sliding_window)": bool(hf.get("use_sliding_window")),
+        "windows per layer (layer_types)": layers != same,
         f"activation {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(hf.get("mlp_bias")),
-        "attention_bias of a llama model": family == "llama" and bool(hf.get("attention_bias")),
+        f"attention_bias of a {family} model": family != "qwen2" and bool(hf.get("attention_bias")),
+        "quantization_config": bool(hf.get("quantization_config")),
     }
     if found := [name for name, present in refused.items() if present]:
         raise InputError(f"{source}: not supported: {', '.join(found)}")
-    try:
-        heads = hf["num_attention_heads"]
-        return TransformerConfig(
-            vocab_size=hf["vocab_size"],
-            embed_dim=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            mlp_dim=hf["intermediate_size"],
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            qkv_bias=family == "qwen2",
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position=int(hf.get("max_position_embeddings", 4096)),
-        )
-    except KeyError as error:
-        raise InputError(f"{source}: key {error} is missing") from None
 
 
 def config_to_hf(c: TransformerConfig) -> dict[str, Any]:
-    """Returns the config.json content that `config_from_hf` and transformers read back as `c`."""
-    family = "qwen2" if c.qkv_bias else "llama"
+    """Returns the config.json content that `config_from_hf` and transformers read back as `c`.
+
+    The family follows from the features: norms of queries and keys make a Qwen3, biases a Qwen2, a
+    sliding window a Mistral, and everything else is a Llama (so a Mistral without a window, a Llama
+    to the last operation, is saved as one).
+
+    Raises:
+      InputError: features that no family has together.
+    """
+    features = {"qwen3": c.qk_norm, "qwen2": c.qkv_bias, "mistral": c.sliding_window is not None}
+    found = [name for name, present in features.items() if present] or ["llama"]
+    if len(found) > 1:
+        raise InputError(f"no model_type has the features of {' and '.join(found)} together")
+    extra: dict[str, Any] = {"sliding_window": c.sliding_window} if found == ["mistral"] else {}
+    if c.rope_scaling is not None:  # the old spelling: transformers 4 and 5 read it
+        extra["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": c.rope_scaling.factor,
+            "low_freq_factor": c.rope_scaling.low_freq_factor,
+            "high_freq_factor": c.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": c.rope_scaling.original_max_position,
+        }
     return {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
+        "architectures": [FAMILIES[found[0]]],
+        "model_type": found[0],
         "hidden_act": "silu",
         "vocab_size": c.vocab_size,
         "hidden_size": c.embed_dim,
@@ -153,6 +295,7 @@ def config_to_hf(c: TransformerConfig) -> dict[str, Any]:
         "rms_norm_eps": c.rms_norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "max_position_embeddings": c.max_position,
+        **extra,
     }
 
 
@@ -163,70 +306,40 @@ def load_tokenizer(path_or_hub_id):
       (transformers tokenizer, end token ids: its own and those that config.json and
       generation_config.json name).
     Raises:
-      InputError: the directory has none, or it has no end token.
+      InputError: the directory has none, it has no end token, or it is of a larger vocabulary than
+        the model.
     """
     from transformers import AutoTokenizer  # takes seconds; only commands that need text pay
 
     directory = resolve(path_or_hub_id)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{directory} holds no tokenizer: {str(error).splitlines()[0]}") from error
-    ends: list[Any] = [tokenizer.eos_token_id]
+    ends: list[Any] = []
+    vocab_size = None
     for name in ("config.json", "generation_config.json"):
         if (directory / name).exists():
-            named = read_config(directory, name).get("eos_token_id")
-            ends += named if isinstance(named, list) else [named]
+            told = read_config(directory, name)
+            named, vocab_size = told.get("eos_token_id"), vocab_size or told.get("vocab_size")
+            named = named if isinstance(named, list) else [named]
+            if any(type(i) not in (int, type(None)) for i in named):
+                raise InputError(
+                    f"{directory / name}: key 'eos_token_id' must hold ids, not {named}"
+                )
+            ends += named
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds; it also checks config.json
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{directory} holds no tokenizer that can be read: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{directory}: the tokenizer names no end token (eos_token)")
-    return tokenizer, tuple(sorted({int(i) for i in ends if i is not None}))
-
-
-class Tensors:
-    """Random access by name to the tensors of one or more safetensors files of a directory."""
-
-    def __init__(self, directory: pathlib.Path):
-        self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                shard_names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:  # or not UTF-8
-                raise InputError(f"{index} is damaged: {error!r}") from None
-            files = [directory / name for name in shard_names]
-        else:
-            files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise InputError(
-                f"{directory} holds no *.safetensors file (pickled checkpoints are refused)"
-            )
-        self._handles = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except FileNotFoundError:
-                raise InputError(f"{index} names {file.name}, which is missing") from None
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{file} is not a whole safetensors file: {error}") from None
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-
-    def names(self) -> set[str]:
-        return set(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> np.dtype:
-        stored = self._handles[name].get_slice(name).get_dtype()
-        names = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-        if stored not in names:
-            raise InputError(
-                f"{self.directory}: {name} is stored as {stored}; F32, F16 and BF16 are read"
-            )
-        return np.dtype(names[stored])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._handles[name].get_tensor(name)
+    last = max(tokenizer.get_vocab().values())
+    if (
+        isinstance(vocab_size, int) and last >= vocab_size
+    ):  # else its embedding is read past the end
+        raise InputError(
+            f"{directory}: the tokenizer has ids up to {last}, config.json's vocab_size is "
+            f"{vocab_size}: they are not of one model"
+        )
+    return tokenizer, tuple(sorted({i for i in [tokenizer.eos_token_id, *ends] if i is not None}))
 
 
 def hf_tensors(weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -251,62 +364,109 @@ def load_tree(
 ):
     """Returns the params of a tree of declarations.
 
+    One shard of one weight at a time is in a host buffer, filled in pieces of a few MiB, so the
+    peak of the host's memory stays near what the devices' copies leave there. A weight whose
+    stored columns are split is read once for each of their shards.
+
     Args:
       declared: tree of `Weight`.
       tensors: the checkpoint.
-      dtype: of the params (default: as the embeddings are stored).
+      mesh, rules: place the params on a mesh (default: uncommitted on the default device).
+      dtype: of the params (default: as in `load_hf`).
       ignore: parts of the names of tensors that may be there unread (a tied head's copy, old rotary
         buffers).
     Raises:
-      InputError: one message with every missing, unexpected and mis-shaped tensor.
+      InputError: one message with every missing, unexpected, mis-shaped and unreadable tensor.
     """
     is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
-    expected = {
-        n: s for w in jax.tree.leaves(declared, is_leaf=is_weight) for n, s in hf_tensors(w)
+    leaves, tree = jax.tree.flatten(declared, is_leaf=is_weight)
+    _check_tensors(leaves, tensors, ignore)
+    if dtype is None:
+        stored = tensors.dtype("model.embed_tokens.weight")
+        dtype = {8: np.float32, 1: jnp.bfloat16}.get(stored.itemsize, stored)
+    dtype = _float_dtype(dtype)
+    places = [None] * len(leaves)
+    if mesh is not None:
+        places = tree.flatten_up_to(shardings(declared, mesh, rules or TRAINING))
+    return tree.unflatten(
+        [_load_weight(w, tensors, place, dtype) for w, place in zip(leaves, places, strict=True)]
+    )
+
+
+def _float_dtype(dtype) -> np.dtype:
+    try:
+        found = np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float64 only where jax has it
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError(f"dtype {dtype!r} is no floating-point type; try float32 or bfloat16")
+    return found
+
+
+def _check_tensors(leaves: list[Weight], tensors: Tensors, ignore) -> None:
+    """Raises ONE InputError for all tensors that do not fit the declarations."""
+    expected = {name: shape for weight in leaves for name, shape in hf_tensors(weight)}
+    names = tensors.names()
+    both = sorted(set(expected) & names)
+    problems = {
+        "missing": sorted(set(expected) - names),
+        "unexpected": sorted(
+            n for n in names - set(expected) if not any(part in n for part in ignore)
+        ),
+        "mis-shaped": [
+            f"{n} {tensors.shape(n)} instead of {expected[n]}"
+            for n in both
+            if tensors.shape(n) != expected[n]
+        ],
+        f"in a number format other than {', '.join(FLOATS)}": [
+            f"{n} is {tensors.format(n)}" for n in both if tensors.format(n) not in FLOATS
+        ],
     }
-    missing = sorted(set(expected) - tensors.names())
-    unexpected = sorted(
-        n for n in tensors.names() - set(expected) if not any(part in n for part in ignore)
-    )
-    shapes = {n: tensors.shape(n) for n in set(expected) & tensors.names()}
-    wrong = sorted(
-        f"{n} {s} instead of {expected[n]}" for n, s in shapes.items() if s != expected[n]
-    )
-    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": wrong}
     if any(problems.values()):
         text = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v)
         raise InputError(f"{tensors.directory}: tensors do not fit config.json: {text}")
-    places = None if mesh is None else shardings(declared, mesh, rules or TRAINING)
-    dtype = np.dtype(dtype or tensors.dtype("model.embed_tokens.weight"))
-
-    def load(weight: Weight, place):
-        shape = weight.shape[1:] if weight.stacked else weight.shape
-        out = np.empty(weight.shape, dtype)
-        for i, (name, _) in enumerate(hf_tensors(weight)):
-            tensor = tensors[name].T if weight.in_dims else tensors[name]
-            out[i if weight.stacked else ...] = tensor.reshape(shape).astype(dtype)
-        return jax.device_put(out, place)
-
-    places = jax.tree.map(lambda _: None, declared, is_leaf=is_weight) if places is None else places
-    return jax.tree.map(load, declared, places, is_leaf=is_weight)
 
 
-def to_hf_tensors(declared, params) -> dict[str, np.ndarray]:
-    """Returns a params tree as {Hugging Face name: array}, in the params' dtype."""
-    tensors = {}
+def _load_weight(weight: Weight, tensors: Tensors, place: Any, dtype) -> jax.Array:
+    """Reads one weight onto its devices, shard by shard."""
+    if place is None:
+        whole = tuple((0, size) for size in weight.shape)
+        array = jax.device_put(_read_part(weight, tensors, whole, dtype)).block_until_ready()
+        gc.collect(0)  # JAX holds on to a copied host buffer until Python collects
+        return array
+    devices: dict[tuple, list[Any]] = {}  # of each distinct part
+    for device, index in place.addressable_devices_indices_map(weight.shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():
+        part = _read_part(weight, tensors, bounds, dtype)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in holders])
+        del part
+        gc.collect(0)  # as above: this buffer goes before the next one is allocated
+    return jax.make_array_from_single_device_arrays(weight.shape, place, arrays)
 
-    def store(weight: Weight, value):
-        value = np.asarray(jax.device_get(value))
-        for i, (name, shape) in enumerate(hf_tensors(weight)):
-            layer = value[i] if weight.stacked else value
-            flat = layer.reshape(shape[::-1]).T if weight.in_dims else layer.reshape(shape)
-            tensors[name] = np.ascontiguousarray(flat)
 
-    jax.tree.map(store, declared, params, is_leaf=lambda x: isinstance(x, Weight))
-    return tensors
+def _read_part(weight: Weight, tensors: Tensors, bounds, dtype) -> np.ndarray:
+    """Returns the part of a weight within (start, stop) bounds per dimension."""
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    names = [name for name, _ in hf_tensors(weight)]
+    first_layer, last_layer = bounds[0] if weight.stacked else (0, 1)
+    inner, shape = bounds[weight.stacked :], weight.shape[weight.stacked :]
+    # Stored order: the dims that a linear map writes, then those that it sums over.
+    order = [*range(weight.in_dims, len(shape)), *range(weight.in_dims)]
+    (first, last), *others = [inner[axis] for axis in order]
+    row_shape = [shape[axis] for axis in order[1:]]
+    row_part = tuple(slice(start, stop) for start, stop in others)
+    for layer in range(first_layer, last_layer):
+        target = (out[layer - first_layer] if weight.stacked else out).transpose(order)
+        for row, rows in tensors.chunks(names[layer], first, last, math.prod(row_shape)):
+            piece = rows.reshape(-1, *row_shape)[(slice(None), *row_part)]
+            target[row - first : row - first + len(piece)] = piece
+    return out
 
 
-def save_hf(path, model: Transformer, params, tokenizer=None) -> None:
+def save_hf(path, model: Transformer, params, tokenizer=None, *, max_shard_bytes=5_000_000_000):
     """Writes a directory that `load_hf` and transformers load: safetensors, config.json and the
     tokenizer's files.
 
@@ -314,29 +474,93 @@ def save_hf(path, model: Transformer, params, tokenizer=None) -> None:
       path: directory, made if it is not there.
       model, params: as from `load_hf`; stored in the params' dtype.
       tokenizer: a transformers tokenizer.
+      max_shard_bytes: a larger model is split into several files.
     """
     write_checkpoint(
-        path, to_hf_tensors(declare(model.config), params), config_to_hf(model.config), tokenizer
-    )
+        path, declare(model.config), params, config_to_hf(model.config), tokenizer,
+        max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
 
 
 def write_checkpoint(
-    path, tensors: dict[str, np.ndarray], config: dict[str, Any], tokenizer=None
-) -> None:
-    """Writes tensors, config.json and tokenizer files; the weights go last and by rename, so none
-    are half-written.
+    path,
+    declared,
+    params,
+    config: dict[str, Any],
+    tokenizer=None,
+    *,
+    max_shard_bytes=5_000_000_000,
+):
+    """Writes tokenizer files, weights and config.json, in this order; no file is half-written under
+    its own name, and shards of an earlier save are removed.
+
+    The weights leave the devices one piece of one layer at a time.
+
+    Args:
+      path: directory, made if it is not there.
+      declared, params: tree of `Weight`, and the same tree of arrays.
+      config: content of config.json; end and padding ids that it lacks are the tokenizer's.
+      tokenizer: a transformers tokenizer.
+      max_shard_bytes: a larger model is split into several files.
+    Raises:
+      InputError: params that do not have the declared shapes, or a dtype that cannot be stored.
     """
+    leaves, tree = jax.tree.flatten(declared, is_leaf=lambda x: isinstance(x, Weight))
+    values = tree.flatten_up_to(params)
+    for weight, value in zip(leaves, values, strict=True):
+        if value.shape != weight.shape:
+            raise InputError(f"{weight.hf} has shape {value.shape} instead of {weight.shape}")
+    outputs = [o for w, v in zip(leaves, values, strict=True) for o in _outputs(w, v)]
     directory = pathlib.Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-        config = {
-            **config,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-    dtype = str(next(iter(tensors.values())).dtype)
-    (directory / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-    partial = directory / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.rename(directory / "model.safetensors")
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = {**ids, **config}
+    dtype = str(values[0].dtype)  # of the embeddings: the first key of every tree
+    write_files(directory, outputs, max_shard_bytes)
+    partial = directory / "config.json.partial"
+    partial.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    partial.rename(directory / "config.json")
+
+
+def _outputs(weight: Weight, value) -> Iterator[Output]:
+    """Yields the tensors of one weight; a layer leaves the devices when it is written."""
+
+    def pieces(layer: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        whole = _fetch(value, layer if weight.stacked else None)
+        if not weight.in_dims:
+            yield whole
+            return
+        stored = whole.reshape(shape[::-1]).T
+        row_bytes = shape[1] * stored.dtype.itemsize
+        step = max(1, CHUNK_BYTES // row_bytes)  # no second copy of all rows
+        for start in range(0, shape[0], step):
+            yield stored[start : start + step]
+
+    for layer, (name, shape) in enumerate(hf_tensors(weight)):
+        dtype = np.dtype(value.dtype)
+        yield Output(name, shape, dtype, functools.partial(pieces, layer, shape))
+
+
+def _fetch(value, layer: int | None) -> np.ndarray:
+    """Returns one layer of a stacked array, or (None) a whole array, on the host.
+
+    Each device slices its own shard: a slice of the sharded array could gather all of it on every
+    device, and `np.asarray` of a param keeps a host copy for as long as the param lives.
+    """
+    if isinstance(value, np.ndarray):
+        return value if layer is None else value[layer]
+    out = np.empty(value.shape if layer is None else value.shape[1:], value.dtype)
+    for shard in value.addressable_shards:
+        start, stop, _ = shard.index[0].indices(value.shape[0])
+        if shard.replica_id or (layer is not None and not start <= layer < stop):
+            continue
+        at, count = (0, stop - start) if layer is None else (layer - start, 1)
+        at = jax.device_put(np.int32(at), shard.device)
+        local = np.asarray(jax.lax.dynamic_slice_in_dim(shard.data, at, count))
+        if layer is None:
+            out[shard.index] = local
+        else:
+            out[shard.index[1:]] = local[0]
+    return out

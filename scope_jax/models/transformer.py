@@ -1,4 +1,4 @@
-"""One pure forward for the Llama and Qwen2 families.
+"""One pure forward for the Llama, Mistral, Qwen2 and Qwen3 families.
 
 Parameters are a plain nested dict; the arrays of all layers are stacked on a leading `layers` axis
 and the forward scans over it (traces several times faster than a Python loop, and the KV cache
@@ -27,6 +27,16 @@ Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's stretched rotary positions, see `rotary_frequencies`."""
+
+    factor: float  # slow rotations get so many times slower
+    low_freq_factor: float  # those that turn fewer times in the original context are slow
+    high_freq_factor: float  # those that turn more often stay as they are
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     vocab_size: int
     embed_dim: int
@@ -37,7 +47,10 @@ class TransformerConfig:
     mlp_dim: int
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    rope_scaling: Llama3Rope | None = None  # Llama 3.1 and later
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of every head's query and key, before the rotation
+    sliding_window: int | None = None  # Mistral: a token sees so many, itself included
     tie_embeddings: bool = False
     max_position: int = 4096  # longest context that the weights were made for
     dtype: str = "float32"  # of the computation; softmax, norms and rotary angles stay float32
@@ -68,10 +81,12 @@ def declare(c: TransformerConfig) -> dict[str, Any]:
         return Weight((n, *shape), ("layers", *axes), init, "model.layers.{i}." + name, in_dims)
 
     def qkv(name, heads, axis):
-        name = f"self_attn.{name}_proj"
-        weight = {"w": block(f"{name}.weight", (d, heads, hd), ("embed", axis, None), in_dims=1)}
+        linear = f"self_attn.{name}_proj"
+        weight = {"w": block(f"{linear}.weight", (d, heads, hd), ("embed", axis, None), in_dims=1)}
         if c.qkv_bias:
-            weight["b"] = block(f"{name}.bias", (heads, hd), (axis, None), "zeros")
+            weight["b"] = block(f"{linear}.bias", (heads, hd), (axis, None), "zeros")
+        if c.qk_norm and name != "v":
+            weight["norm"] = block(f"self_attn.{name}_norm.weight", (hd,), (None,), "ones")
         return weight
 
     layers = {
@@ -159,7 +174,9 @@ class Transformer:
             )
         real, not_later = key_positions >= 0, key_positions[:, None, :] <= positions[:, :, None]
         mask = real[:, None, :] & not_later  # [B, L, slots]
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+        if c.sliding_window is not None:
+            mask &= key_positions[:, None, :] > positions[:, :, None] - c.sliding_window
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
         def layer(carry, weights_and_index):
             x, keys, values = carry
@@ -184,7 +201,8 @@ class Transformer:
 
         def project(name, inputs):  # [B, L, D] -> [B, L, heads, head_dim]
             out = jnp.einsum("bld,dhk->blhk", inputs, w[name]["w"].astype(dtype))
-            return out + w[name]["b"].astype(dtype)[None, None] if c.qkv_bias else out
+            out = out + w[name]["b"].astype(dtype)[None, None] if c.qkv_bias else out
+            return rms_norm(out, w[name]["norm"], c.rms_norm_eps) if "norm" in w[name] else out
 
         normed = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
         q, k = rotate(project("q", normed), angles), rotate(project("k", normed), angles)
@@ -205,17 +223,36 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (https://arxiv.org/abs/1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)[None, None]
+    return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
+def rotary_angles(
+    positions: jax.Array, head_dim: int, theta: float, scaling: Llama3Rope | None = None
+) -> jax.Array:
     """Returns [B, L, 1, head_dim / 2] float32; padding counts as position 0.
 
     Source: https://arxiv.org/abs/2104.09864
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = rotary_frequencies(head_dim, theta, scaling)
     positions = jnp.maximum(positions, 0).astype(jnp.float32)
     return positions[:, :, None, None] * frequencies[None, None, None, :]
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | None = None) -> jax.Array:
+    """Returns [head_dim / 2] float32, radians per position.
+
+    With Llama 3.1's scaling, a pair that turns fewer than `low_freq_factor` times within the
+    original context turns `factor` times slower, one that turns more than `high_freq_factor` times
+    stays, and between the two the frequency is interpolated linearly in the number of turns
+    (https://arxiv.org/abs/2407.21783, section 3.4.2, and the published reference code).
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 0 = slowed down, 1 = as it was
+    return (kept + (1 - kept) / scaling.factor) * frequencies
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:

@@ -25,7 +25,12 @@ def problems(
         raise InputError(
             f"no data file for the {split} split: set --config.task.{split}_file=FILE.jsonl[.gz]"
         )
-    return [_problem(row) for row in read_jsonl(files[split])]
+    return read_problems(files[split])
+
+
+def read_problems(path) -> list[dict]:
+    """Returns the problems of one file, as `problems` does."""
+    return [_problem(row) for row in read_jsonl(path)]
 
 
 def _problem(row: dict) -> dict:

@@ -1,4 +1,5 @@
-"""Makes tests/goldens/{llama,qwen2}: tiny random checkpoints, and what PyTorch computes with them.
+"""Makes tests/goldens/{llama,qwen2,qwen3,llama3,mistral}: tiny random checkpoints, and what PyTorch
+computes with them.
 
     python3.11 -m venv /tmp/torchvenv
     /tmp/torchvenv/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
@@ -8,7 +9,8 @@ golden.npz holds, all float32 on the CPU, with eager attention:
 
     ids, mask    [3, 10]       a LEFT-padded batch; rows of 10, 7 and 1 tokens
     logits       [3, 10, V]    of the whole batch; padding's are written as 0
-    greedy       [3, 8]        `model.generate`'s greedy continuation
+    greedy         [3, 8]      `model.generate`'s greedy continuation (with its KV cache)
+    greedy_logits  [3, 8, V]   that chose them, one decode step each
     margin       []            smallest gap between the best and the second logit on that way
 """
 
@@ -55,22 +57,39 @@ def outputs(model, generator) -> dict:
             ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=NEW_TOKENS,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-    best = torch.stack(written.logits).topk(2, dim=-1).values
+    greedy_logits = torch.stack(written.logits, dim=1)
+    best = greedy_logits.topk(2, dim=-1).values
     return {
         "ids": ids.int().numpy(),
         "mask": mask.numpy(),
         "logits": torch.where(mask[..., None], logits, 0.0).numpy(),
         "greedy": written.sequences[:, WIDTH:].int().numpy(),
+        "greedy_logits": greedy_logits.numpy(),
         "margin": (best[..., 0] - best[..., 1]).min().numpy(),
     }
 
 
-def main():
-    import numpy as np
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+def models() -> dict:
+    """Returns {family: (class, config)}; between them, every feature is once on and once off."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
-    models = {
+    # Of four frequencies, 1 turns 50 / (2 pi) = 8 times in the original context and stays, 0.32
+    # turns 2.5 times and lies between, 0.1 and 0.03 turn less than once and get 8 times slower.
+    llama3_rope = {
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 50,
+    }  # fmt: skip
+    plain = {"rope_type": "default"}
+    return {
         "llama": (
             LlamaForCausalLM,
             LlamaConfig(**SMALL, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-5),
@@ -79,8 +98,35 @@ def main():
             Qwen2ForCausalLM,
             Qwen2Config(**SMALL, tie_word_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-6),
         ),
-    }
-    for seed, (family, (model_class, config)) in enumerate(models.items()):
+        "qwen3": (
+            Qwen3ForCausalLM,
+            Qwen3Config(
+                **SMALL, tie_word_embeddings=True, head_dim=16,
+                rope_parameters={**plain, "rope_theta": 1e6},
+            ),
+        ),
+        "llama3": (
+            LlamaForCausalLM,
+            LlamaConfig(
+                **{**SMALL, "num_key_value_heads": 4}, tie_word_embeddings=False,
+                rope_parameters=llama3_rope, rms_norm_eps=1e-5,
+            ),
+        ),
+        "mistral": (
+            MistralForCausalLM,
+            MistralConfig(
+                **SMALL, sliding_window=4, rope_parameters={**plain, "rope_theta": 1e4},
+                rms_norm_eps=1e-5,
+            ),
+        ),
+    }  # fmt: skip
+
+
+def main():
+    import numpy as np
+    import torch
+
+    for seed, (family, (model_class, config)) in enumerate(models().items()):
         generator = torch.Generator().manual_seed(seed)
         model = model_class(config).eval()
         randomise(model, generator)
