@@ -53,11 +53,16 @@ def text_rows(tokenizer, files, count: int) -> list[list[int]]:
     return [[*encode(text), tokenizer.eos_token_id] for text in texts[:count]]
 
 
+def special_ids(tokenizer) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def why_inexact(policy, prm, ids: list[int], pieces: list[str], problem: str) -> str | None:
     """Returns why a row has no exact form in the PRM's tokenizer, found by other means."""
-    while ids and ids[-1] in policy.all_special_ids:
+    special = special_ids(policy)
+    while ids and ids[-1] in special:
         ids = ids[:-1]
-    if set(ids) & set(policy.all_special_ids):
+    if set(ids) & special:
         return "special token inside"
     text = policy.decode(ids)
     if "\ufffd" in text:
@@ -66,7 +71,7 @@ def why_inexact(policy, prm, ids: list[int], pieces: list[str], problem: str) ->
         return "cut inside a character"
     if any(not piece.strip() for piece in pieces):
         return "blank"
-    if any(mark in text for mark in prm.all_special_tokens):
+    if any(str(token) in text for token in prm.added_tokens_decoder.values()):
         return "spells a special token"
     joined = "\n".join([problem, *(piece.strip() for piece in pieces)])
     if prm.decode(prm.encode(joined, add_special_tokens=False)) != joined:
@@ -83,11 +88,11 @@ def check(policy, prm, rows: list[list[int]], layout: PRMTexts) -> collections.C
         cuts = [0, *ends[0][step_mask[0]].tolist()]
         assert cuts[-1] == len(ids) and all(a < b for a, b in itertools.pairwise(cuts)), ids
         texts = step_texts(policy, [ids], mask, ends, step_mask)[0]
-        body = [i for i in ids if i not in policy.all_special_ids]
+        specials = special_ids(policy)
+        body = [i for i in ids if i not in specials]
         if texts is not None:
             assert "".join(texts) == (policy.decode(body) if body else ""), ids
         item = layout(problem, texts) if texts else None
-        specials = set(policy.all_special_ids)
         pieces = [
             policy.decode([i for i in ids[a:b] if i not in specials])
             for a, b in itertools.pairwise(cuts)

@@ -1,13 +1,13 @@
 r"""Makes step labels from GSM8K: worked solutions, and copies with one corrupted calculation.
 
     python experiments/gsm8k_step_labels.py --data gsm8k_train.jsonl.gz --layout trl \
-        --copies 2 --out train.jsonl
+        --corrupted 0.8 --out train.jsonl
     python experiments/gsm8k_step_labels.py --data gsm8k_test.jsonl.gz --layout processbench \
         --limit 400 --out test.jsonl.gz
 
 A corrupted copy has ONE line whose calculated result is replaced by a wrong number (a small slip, a
 slipped digit or decimal point, or the result of another operation); no other line is touched.
-Half of the solutions written are such copies, each of another problem than the whole ones.
+`--corrupted` is the share of problems that get one; the others are written as they are.
 
 trl           {prompt, completions, labels}; a corrupted copy stops at its wrong step.
 processbench  {id, problem, steps, label}; whole solutions, label = the wrong step or -1.
@@ -66,13 +66,13 @@ def corrupt(line: str, rng: random.Random) -> str | None:
     return start + behind[: shown.end() - len(note[2])] + wrong_text + rest
 
 
-def solutions(path, rng: random.Random) -> list[dict]:
-    """Returns {"id", "problem", "steps", "label"} of every problem, half of them corrupted."""
+def solutions(path, corrupted: float, rng: random.Random) -> list[dict]:
+    """Returns {"id", "problem", "steps", "label"} of every problem, a share of them corrupted."""
     found = []
     for row in read_jsonl(path):
         lines = [line for line in row["answer"].split("\n") if line.strip()]
         label, steps = -1, [NOTE.sub("", line) for line in lines]
-        if rng.random() < 0.5:
+        if rng.random() < corrupted:
             places = [i for i, line in enumerate(lines) if NOTE.search(line)]
             rng.shuffle(places)
             for place in places:
@@ -92,11 +92,12 @@ def main() -> None:
     parser.add_argument("--layout", choices=("trl", "processbench"), required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True, help=".jsonl or .jsonl.gz")
     parser.add_argument("--copies", type=int, default=1, help="passes over the problems")
+    parser.add_argument("--corrupted", type=float, default=0.5, help="share of the problems")
     parser.add_argument("--limit", type=int, help="solutions to write at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    rows = [row for _ in range(args.copies) for row in solutions(args.data, rng)]
+    rows = [row for _ in range(args.copies) for row in solutions(args.data, args.corrupted, rng)]
     rng.shuffle(rows)
     rows = rows[: args.limit]
     if args.layout == "trl":
@@ -111,7 +112,9 @@ def main() -> None:
             for row in rows
         ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (gzip.open if args.out.suffix == ".gz" else open)(args.out, "wt", encoding="utf-8").write(text)
+    write = gzip.open if args.out.suffix == ".gz" else open
+    with write(args.out, "wt", encoding="utf-8") as file:
+        file.write(text)
     print(f"{len(rows)} solutions in {args.out}")
 
 

@@ -76,9 +76,10 @@ class PRMTexts:
         self.tokenizer, self.format = tokenizer, prm_format
         if prm_format.name in ("qwen_math", "rlhflow") and not tokenizer.chat_template:
             raise InputError(f"{source} has no chat template; PRM format {prm_format.name} is one")
-        self._step_ids = tokenizer.encode(prm_format.step_token, add_special_tokens=False)
+        self._step_ids = self._find_step_ids()
         one_token = prm_format.name != "trl"  # only TRL's separator may be several tokens
-        if not self._step_ids or (one_token and len(self._step_ids) != 1):
+        unknown = tokenizer.unk_token_id in self._step_ids
+        if not self._step_ids or unknown or (one_token and len(self._step_ids) != 1):
             raise InputError(
                 f"{source} has no step token {prm_format.step_token!r}, which PRM format "
                 f"{prm_format.name} reads its scores at"
@@ -102,6 +103,14 @@ class PRMTexts:
         layout: Callable = getattr(self, f"_{self.format.name}")
         ids, reads = layout(problem, steps)
         return PRMInput(ids, reads) if len(reads) == len(steps) else None
+
+    def _find_step_ids(self) -> list[int]:
+        alone = self._encode(self.format.step_token)
+        if self.format.name != "math_shepherd":
+            return alone
+        # Written behind a space, which a byte-level tokenizer may join to the mark.
+        behind = self._encode(f"1 {self.format.step_token}")[len(self._encode("1")) :]
+        return alone if behind[-len(alone) :] == alone else behind
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -105,21 +105,55 @@ def step_texts(
       left out. None where there is no exact text: bytes that are no UTF-8, a cut inside a
       character, or a special token before the end. A row without steps gives [].
     """
-    special = set(tokenizer.all_special_ids)
+    special = _special_ids(tokenizer)
     return [
-        _exact_pieces(tokenizer.decode, row[keep].tolist(), ends[real].tolist(), special)
+        _exact_pieces(tokenizer.decode, _body(row[keep], special), ends[real].tolist(), special)
         for row, keep, ends, real in zip(
-            np.asarray(completion_ids), np.asarray(completion_mask), step_ends, step_mask,
-            strict=True,
+            *map(np.asarray, (completion_ids, completion_mask, step_ends, step_mask)), strict=True
         )
     ]  # fmt: skip
+
+
+def exact_text(tokenizer: Any, ids: list[int]) -> str | None:
+    """Returns the text of tokens; None for bytes that are no UTF-8, or with a special token."""
+    pieces = _exact_pieces(tokenizer.decode, ids, [len(ids)], _special_ids(tokenizer))
+    return None if pieces is None else pieces[0]
+
+
+def survives(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer gives a text back, and takes no part of it for one of its own marks.
+
+    A model that writes "<|im_end|>" in plain letters must not end its turn in another's eyes.
+    """
+    if _REPLACEMENT in text or any(mark in text for mark in _marks(tokenizer)):
+        return False
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Returns all special ids; `all_special_ids` has only those that an attribute names."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def _marks(tokenizer: Any) -> set[str]:
+    """Returns the texts that a tokenizer turns into one id wherever they stand."""
+    added = map(str, getattr(tokenizer, "added_tokens_decoder", {}).values())
+    return {mark for mark in (*tokenizer.all_special_tokens, *added) if mark.strip()}
+
+
+def _body(ids: np.ndarray, special: set[int]) -> list[int]:
+    """Returns a completion without the end tokens that it closes with."""
+    length = len(ids)
+    while length and int(ids[length - 1]) in special:
+        length -= 1
+    return ids[:length].tolist()
 
 
 def _exact_pieces(
     decode: Decode, ids: list[int], ends: list[int], special: set[int]
 ) -> list[str] | None:
-    while ids and ids[-1] in special:
-        ids = ids[:-1]
     if special.intersection(ids):
         return None
     text = decode(ids) if ids else ""
@@ -134,17 +168,6 @@ def _exact_pieces(
     if not all(text.startswith(prefix) for prefix in shown):
         return None
     return [text[len(a) : len(b)] for a, b in itertools.pairwise(shown)]
-
-
-def survives(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer gives a text back, and takes no part of it for one of its own marks.
-
-    A model that writes "<|im_end|>" in plain letters must not end its turn in another's eyes.
-    """
-    if _REPLACEMENT in text or any(mark in text for mark in tokenizer.all_special_tokens if mark):
-        return False
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def _parse_splitter(splitter: Splitter) -> tuple[Find, bool]:

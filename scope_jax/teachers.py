@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from scope_jax.records import Continuations, CorrectionRequests
-from scope_jax.steps import step_texts, survives
+from scope_jax.steps import exact_text, survives
 
 Teacher = Callable[[CorrectionRequests, jax.Array], Continuations]
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes: 48/2 = <<48/2=24>>24
@@ -54,7 +54,8 @@ def text_teacher(
 
     The policy's prefix keeps its ids; only what the teacher adds is tokenised, for the policy. A
     prefix that is no exact text in the teacher's tokens, or a continuation that is none in the
-    policy's, is not stopped and marked in `unaligned`.
+    policy's, is not stopped and marked in `unaligned`. What a teacher left unfinished is not
+    carried over: it is rejected anyway.
 
     Args:
       continue_fn: (prompt_ids, prompt_mask [C, prompt_bucket], prefix_ids [C, prefix_bucket],
@@ -66,49 +67,50 @@ def text_teacher(
       prompt_bucket, prefix_bucket: teacher tokens; a longer prompt or prefix is not aligned.
     """
 
-    def encode(record, prefix: str) -> tuple[list[int], list[int]] | None:
-        if prefix and not survives(teacher_tokenizer, prefix):
+    def encode(record, prefix: str | None) -> tuple[list[int], list[int]] | None:
+        if prefix is None or not survives(teacher_tokenizer, prefix):
             return None
         texts = (render(record["problem"]), prefix)
         prompt, ids = (teacher_tokenizer.encode(t, add_special_tokens=False) for t in texts)
         fits = 0 < len(prompt) <= prompt_bucket and len(ids) <= prefix_bucket
         return (prompt, ids) if fits else None
 
+    def carry_back(kept: list[int], context: list[int], new: list[int]) -> list[int] | None:
+        prefix, text = exact_text(tokenizer, kept), exact_text(teacher_tokenizer, context + new)
+        if prefix is None or text is None or not text.startswith(prefix):
+            return None
+        return encode_after(tokenizer, kept, text[len(prefix) :])
+
     def teach(requests: CorrectionRequests, key) -> Continuations:
         rows = len(requests.records)
         prompt_ids = np.zeros((rows, prompt_bucket), np.int32)
         prompt_mask = np.zeros((rows, prompt_bucket), bool)
         prompt_mask[:, -1] = True  # filling rows still need a token to start from
-        prefix_ids = np.zeros((rows, prefix_bucket), np.int32)
-        lengths, budgets = np.zeros(rows, np.int32), np.asarray(requests.budgets).copy()
-        unaligned, prefixes = np.zeros(rows, bool), [""] * rows
-        kept = np.arange(requests.prefix_ids.shape[1])[None] < requests.prefix_length[:, None]
-        whole = np.asarray(requests.prefix_length)[:, None]
-        texts = step_texts(tokenizer, requests.prefix_ids, kept, whole, whole > 0)
+        prefix_ids, lengths = np.zeros((rows, prefix_bucket), np.int32), np.zeros(rows, np.int32)
+        budgets, unaligned = np.array(requests.budgets), np.zeros(rows, bool)
         for row in np.flatnonzero(budgets > 0):
-            pieces = texts[row]
-            encoded = encode(requests.records[row], "".join(pieces)) if pieces is not None else None
-            unaligned[row] = encoded is None
-            budgets[row] = 0 if encoded is None else budgets[row]
-            if encoded is not None:
-                (prompt, prefix), prefixes[row] = encoded, "".join(pieces or [])
-                prompt_ids[row, -len(prompt) :], prompt_mask[row, -len(prompt) :] = prompt, True
-                prefix_ids[row, : len(prefix)], lengths[row] = prefix, len(prefix)
+            kept = requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
+            encoded = encode(requests.records[row], exact_text(tokenizer, kept))
+            if encoded is None:
+                unaligned[row], budgets[row] = True, 0
+                continue
+            prompt, prefix = encoded
+            prompt_ids[row, -len(prompt) :], prompt_mask[row, -len(prompt) :] = prompt, True
+            prefix_ids[row, : len(prefix)], lengths[row] = prefix, len(prefix)
         written = jax.device_get(
             continue_fn(prompt_ids, prompt_mask, prefix_ids, lengths, budgets, key)
         )
         shape, stopped = (rows, max_new_tokens), np.zeros(rows, bool)
         ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for row in np.flatnonzero(budgets > 0):
+        for row in np.flatnonzero(written.finished & (budgets > 0)):
             context = prefix_ids[row, : lengths[row]].tolist()
+            kept = requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
             new = written.completion_ids[row][written.completion_mask[row]].tolist()
-            text = teacher_tokenizer.decode(context + new, skip_special_tokens=True)
-            added = text.removeprefix(prefixes[row])
-            exact = text.startswith(prefixes[row]) and survives(tokenizer, added)
-            tokens = tokenizer.encode(added, add_special_tokens=False)
-            finished = bool(written.finished[row])
-            unaligned[row] = finished and not exact
-            stopped[row] = finished and exact and len(tokens) < budgets[row]
+            tokens = carry_back(kept, context, new[:-1])  # without the teacher's own end token
+            if tokens is None:
+                unaligned[row] = True
+                continue
+            stopped[row] = len(tokens) < budgets[row]
             tokens = [*tokens, policy_eos_id] if stopped[row] else tokens[: budgets[row]]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
         return Continuations(ids, mask, np.zeros(shape, np.float32), stopped, unaligned)
@@ -132,11 +134,10 @@ def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Te
         ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         stopped = np.zeros(shape[0], bool)
         for row, record in enumerate(requests.records):
-            prefix = tokenizer.decode(
-                requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
-            )
+            kept = requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
+            prefix = tokenizer.decode(kept)
             text = remaining_solution(record.get("solution") or "", prefix)
-            tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
+            tokens = encode_after(tokenizer, kept, text) or []
             room = min(int(requests.budgets[row]), max_new_tokens)
             stopped[row] = bool(tokens) and len(tokens) < room
             tokens = [*tokens[: room - 1], policy_eos_id] if stopped[row] else tokens[:room]
@@ -144,6 +145,17 @@ def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Te
         return Continuations(ids=ids, mask=mask, logps=np.zeros(shape, np.float32), stopped=stopped)
 
     return teach
+
+
+def encode_after(tokenizer, prefix_ids: list[int], text: str) -> list[int] | None:
+    """Returns the tokens of a text that go on behind other tokens; None where none show it exactly.
+
+    SentencePiece writes a space before whatever it encodes: behind a prefix it would be a new one.
+    """
+    tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
+    shown = tokenizer.decode([*prefix_ids, *tokens])
+    exact = survives(tokenizer, text) and shown == tokenizer.decode(prefix_ids) + text
+    return tokens if exact else None
 
 
 def remaining_solution(solution: str, prefix: str) -> str:

@@ -13,6 +13,7 @@ the end, prm/: a Hugging Face directory for `prm.path`, `evaluate --prm` and `lo
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -35,6 +36,7 @@ from scope_jax.prm_formats import STEP_TOKENS, PRMFormat, PRMTexts, pad_inputs
 from scope_jax.records import InputError
 from scope_jax.sharding import make_mesh, put_batch, replicate
 from scope_jax.step_labels import class_balance, read_step_labels, split
+from scope_jax.tasks.math_problems import read_problems
 from scope_jax.update import init_state, make_optimizer
 
 LABELS = ("trl", "prm800k", "math_shepherd", "mc")
@@ -62,9 +64,12 @@ def make_prm(path, *, head: str, format: str, step_token: str, layers: int, seed
     prm = PRM(model, head, layout, pair_ids)
     if head != "lm_pair_at_token":
         params.pop("unembed", None)
-    new = replicate(prm.init_head(jax.random.key(seed)), mesh)
-    new = jax.tree.map(lambda x: x.astype(dtype), new)
-    return prm, {"backbone": params, "head": new}, tokenizer
+    fresh = prm.init_head(jax.random.key(seed))
+    if fresh:  # every score starts at 0.5: a random map of large features would first be unlearnt
+        last = fresh.get("out", fresh)
+        last["w"] = jnp.zeros_like(last["w"])
+    fresh = jax.tree.map(lambda x: x.astype(dtype), replicate(fresh, mesh))
+    return prm, {"backbone": params, "head": fresh}, tokenizer
 
 
 def lay_out(prm, tokenizer, records, max_length: int) -> tuple[list, dict[str, int]]:
@@ -226,9 +231,10 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
         layers=args.layers, seed=args.seed, mesh=mesh, dtype=jnp.float32,
     )  # fmt: skip
     options = {name: value for name, value in vars(args).items() if name != "workdir"}
-    if args.labels != "mc":  # a bad file leaves no workdir
-        read_step_labels(args.data, args.labels)
-    claim_workdir(args.workdir, {"command": "train_prm", **options})
+    claim = functools.partial(claim_workdir, args.workdir, {"command": "train_prm", **options})
+    if args.labels == "mc":  # labels are kept in the workdir; other bad data leave none
+        read_problems(args.data)
+        claim()
     train, held_out = split(get_records(args), args.held_out, args.seed)
     examples, dropped = lay_out(prm, tokenizer, train, args.max_length)
     if len(examples) < args.rows:
@@ -236,6 +242,7 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
             f"{args.data}: {len(examples)} solutions to train on do not fill --rows {args.rows} "
             f"(left out: {dropped})"
         )
+    claim()
     optimizer = make_optimizer(
         args.total_steps, learning_rate=args.learning_rate, schedule="cosine",
         warmup_steps=args.total_steps // 20, end_factor=0.1,
@@ -244,6 +251,8 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
     manager = checkpoint.open_checkpoints(args.workdir, keep=2)
     if (restored := checkpoint.restore(manager, state)) is not None:
         state, start = restored[0], int(restored[0].step)
+    if start >= args.total_steps and (args.workdir / "prm").exists():
+        raise InputError(f"{args.workdir} has done {start} updates: raise --total-steps to go on")
     writer = Writer(args.workdir, start)
     writer.say(describe(args, prm, params, train, held_out, dropped))
     del params  # the state owns them now; the update donates it
@@ -257,7 +266,7 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
         log.append(metrics)
         done, last = step + 1, step + 1 == args.total_steps
         if last or done % 20 == 0:
-            say_progress(writer, done, args.total_steps, log, time.perf_counter() - began)
+            say_progress(writer, done, args.total_steps, log, began)
             log, began = [], time.perf_counter()
         if last or done % args.checkpoint_every == 0:
             checkpoint.save(manager, done, state, {"step": done})
@@ -275,11 +284,11 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
     return results
 
 
-def say_progress(writer: Writer, done: int, total: int, log: list, seconds: float) -> None:
-    """Writes and prints the mean of the metrics since the last line."""
-    fetched = jax.device_get(log)
+def say_progress(writer: Writer, done: int, total: int, log: list, began: float) -> None:
+    """Writes and prints the mean of the metrics since the last line, which was at `began`."""
+    fetched = jax.device_get(log)  # waits for the updates, which only then can be timed
     row = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
-    row["seconds/step"] = seconds / len(log)
+    row["seconds/step"] = (time.perf_counter() - began) / len(log)
     writer.write(done, row)
     writer.say(
         f"step {done:6}/{total}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "

@@ -1,7 +1,9 @@
 """Tests of step segmentation: hand-made token lists, a slow twin, and two real tokenizers."""
 
+import collections
 import gzip
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,9 +13,10 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 
-from scope_jax.steps import segment_steps
+from scope_jax.prm_formats import PRMFormat, PRMTexts
+from scope_jax.steps import segment_steps, step_texts, survives
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 EMOJI = "\U0001f600".encode()  # four bytes
@@ -451,3 +454,185 @@ def test_unicode_and_merged_separators_of_a_real_tokenizer(real_tokenizer):
     assert [
         real_tokenizer.decode(ids[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
     ] == paragraphs
+
+
+# --- Texts of steps, for readers with another tokenizer -------------------------------------------
+
+
+class MarkedBytes(Bytes):
+    """Ids 0 .. 255 are bytes; 256 is </s>, 257 <s>."""
+
+    all_special_ids, all_special_tokens = [256, 257], ["</s>", "<s>"]
+
+    def decode(self, ids, clean_up_tokenization_spaces=None):
+        del clean_up_tokenization_spaces
+        out = b"".join(b"</s>" if i == 256 else b"<s>" if i == 257 else bytes([i]) for i in ids)
+        return out.decode("utf-8", errors="replace")
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        pieces = re.split("(</?s>)", text)
+        named = {"</s>": [256], "<s>": [257]}
+        return [i for piece in pieces for i in named.get(piece, list(piece.encode()))]
+
+
+class Prefixed(MarkedBytes):
+    """One byte is left out: what is encoded does not come back."""
+
+    def encode(self, text, add_special_tokens):
+        return [i for i in super().encode(text, add_special_tokens) if i != ord("q")]
+
+
+def pieces(tokenizer, ids, ends):
+    """step_texts of a row that is padded and stands above an empty one."""
+    rows = np.array([[*ids, 7, 7], [7] * (len(ids) + 2)])
+    mask = np.arange(len(ids) + 2) < np.array([[len(ids)], [0]])
+    step_ends, step_mask = np.zeros((2, len(ends) + 1), np.int32), np.zeros((2, len(ends) + 1))
+    step_ends[0, : len(ends)], step_mask[0, : len(ends)] = ends, 1
+    first, second = step_texts(tokenizer, rows, mask, step_ends, step_mask.astype(bool))
+    assert second == []
+    return first
+
+
+def test_step_texts_add_up_to_the_completion():
+    ids = [*b"a\n", *EMOJI, *b"b\n", *b"c"]
+    assert pieces(MarkedBytes(), ids, [2, 8, 9]) == ["a\n", "\U0001f600b\n", "c"]
+    assert pieces(MarkedBytes(), ids, [9]) == ["a\n\U0001f600b\nc"]
+
+
+def test_end_tokens_belong_to_no_step_text():
+    assert pieces(MarkedBytes(), [*b"a\nb", 256], [2, 4]) == ["a\n", "b"]
+    assert pieces(MarkedBytes(), [*b"a\nb", 256, 257, 256], [2, 6]) == ["a\n", "b"]
+    assert pieces(MarkedBytes(), [*b"a\n", 256], [2, 3]) == ["a\n", ""]
+    assert pieces(MarkedBytes(), [256], [1]) == [""]
+
+
+def test_special_token_before_the_end_has_no_exact_text():
+    assert pieces(MarkedBytes(), [*b"a\n", 257, *b"b"], [2, 4]) is None
+    assert pieces(MarkedBytes(), [257, *b"b", 256], [3]) is None
+    assert pieces(MarkedBytes(), list(b"a<s>b"), [5]) == ["a<s>b"]  # the letters are a text
+
+
+def test_bytes_that_are_no_text_and_cuts_inside_a_character_have_no_exact_text():
+    assert pieces(MarkedBytes(), [*b"a\n", 0xFF], [2, 3]) is None
+    assert pieces(MarkedBytes(), [*b"a\n", *EMOJI[:3]], [2, 5]) is None
+    assert pieces(MarkedBytes(), [*b"a", *EMOJI], [3, 5]) is None
+    assert pieces(MarkedBytes(), [*b"a", *EMOJI], [1, 5]) == ["a", "\U0001f600"]
+    assert pieces(MarkedBytes(), list("\ufffd".encode()), [3]) is None  # not told from a bad byte
+
+
+def fast_sentencepiece(prepend=False):
+    tokenizer = sentencepiece()
+    if prepend:  # what encode does in Llama 2's; decode strips it again
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def test_sentencepiece_spaces_at_a_steps_start_are_kept():
+    tokenizer = fast_sentencepiece()
+    words = ["▁a", "b", "▁.", "<0x0A>", "▁a", "<0x0A>", "▁▁", "b", "</s>"]
+    ids = tokenizer.convert_tokens_to_ids(words)
+    assert pieces(tokenizer, ids, [4, 6, 9]) == ["ab .\n", " a\n", "  b"]
+
+
+def test_sentencepiece_cut_inside_raw_bytes_has_no_exact_text():
+    tokenizer = fast_sentencepiece()
+    emoji = [f"<0x{byte:02X}>" for byte in EMOJI]
+    ids = tokenizer.convert_tokens_to_ids(["▁a", *emoji, "▁a"])
+    assert pieces(tokenizer, ids, [3, 6]) is None
+    assert pieces(tokenizer, ids, [1, 5, 6]) == ["a", "\U0001f600", " a"]
+
+
+def test_random_bytes_have_texts_that_add_up_or_none():
+    alphabet, exact = np.array([*b"\n\na ", *EMOJI, *"é".encode(), 256]), 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        ids = [*b"a", *rng.choice(alphabet, rng.integers(1, 12)).tolist()]
+        if seed % 2:  # half of the rows are whole characters
+            ids = list("".join(rng.choice(list("\nabc é\U0001f600"), rng.integers(1, 7))).encode())
+        cuts = sorted({*rng.integers(1, len(ids) + 1, 2).tolist(), len(ids)})
+        body = list(ids)
+        while body and body[-1] == 256:
+            body.pop()
+        bounds = [min(cut, len(body)) for cut in [0, *cuts]]
+        want: list[str] | None
+        try:
+            parts = [body[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            want = [bytes(part).decode() for part in parts]  # ValueError: 256, or no UTF-8
+        except ValueError:
+            want = None
+        assert pieces(MarkedBytes(), ids, cuts) == want, (seed, ids, cuts)
+        exact += want is not None
+    assert 100 < exact < 300
+
+
+def test_survives_is_the_round_trip_without_special_tokens():
+    tokenizer = MarkedBytes()
+    assert survives(tokenizer, "") and survives(tokenizer, " a\n\U0001f600 ")
+    assert not survives(tokenizer, "a</s>") and not survives(tokenizer, "<s>")
+    assert survives(tokenizer, "</s") and not survives(tokenizer, "a\ufffdb")
+    assert not survives(Prefixed(), "quite") and survives(Prefixed(), "not that")
+
+
+def test_sentencepiece_text_survives_with_its_dummy_space():
+    tokenizer = fast_sentencepiece(prepend=True)
+    assert survives(tokenizer, "b") and survives(tokenizer, " b.\n  b \U0001f600")
+    assert not survives(tokenizer, "x")  # not in its vocabulary
+    assert not survives(tokenizer, "▁b")  # SentencePiece's own mark for a space
+
+
+# --- The same on two real tokenizers, by experiments/check_alignment.py ---------------------------
+
+
+@pytest.fixture(scope="module")
+def alignment():
+    path = pathlib.Path(__file__).parents[1] / "experiments" / "check_alignment.py"
+    spec = importlib.util.spec_from_file_location("check_alignment", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def two_tokenizers(tmp_path_factory, smollm2):
+    transformers = pytest.importorskip("transformers")
+    load = transformers.AutoTokenizer.from_pretrained
+    return {"qwen": load(qwen_directory(tmp_path_factory)), "smollm2": load(smollm2)}
+
+
+@pytest.mark.parametrize("layout", ["trl", "skywork"])
+@pytest.mark.parametrize(("policy", "prm"), [("qwen", "smollm2"), ("smollm2", "qwen")])
+def test_steps_of_one_real_tokenizer_are_shown_exactly_by_another(
+    alignment, two_tokenizers, policy, prm, layout
+):
+    files = [SHARED / "data" / name for name in ("gsm8k_test.jsonl.gz", "math500.jsonl.gz")]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        pytest.skip(f"absent: {', '.join(missing)}")
+    policy, prm = two_tokenizers[policy], two_tokenizers[prm]
+    texts = PRMTexts(prm, PRMFormat(layout))
+    random = alignment.random_rows(policy, 200, np.random.default_rng(1))
+    counts = alignment.check(policy, prm, random, texts)
+    assert sum(counts.values()) == 200 and counts["exact"] > 20 and counts["not UTF-8"] > 20
+    real = alignment.text_rows(policy, files[:1], 100) + alignment.text_rows(policy, files[1:], 100)
+    counts = alignment.check(policy, prm, real, texts)
+    assert counts == collections.Counter(exact=200)
+
+
+def test_no_added_token_of_a_real_tokenizer_survives_as_a_text(real_tokenizer):
+    added = {str(token) for token in real_tokenizer.added_tokens_decoder.values()}
+    assert len(added) > 3  # Qwen names two of its 22, "<|im_start|>" is not among them
+    assert [mark for mark in sorted(added) if survives(real_tokenizer, f"a {mark} b")] == []
+
+
+def test_no_special_token_of_a_real_tokenizer_is_part_of_a_step_text(real_tokenizer):
+    special = [i for i, token in real_tokenizer.added_tokens_decoder.items() if token.special]
+    assert len(special) > 3
+    a, b = real_tokenizer.encode("a"), real_tokenizer.encode("b")
+    inside = {i: pieces(real_tokenizer, [*a, i, *b], [len(a) + 1 + len(b)]) for i in special}
+    assert {i: text for i, text in inside.items() if text is not None} == {}

@@ -13,7 +13,10 @@ POLICY_EOS, TEACHER_EOS = 0, 9
 class Characters:
     """The tokenizer whose ids are code points."""
 
-    def decode(self, ids):
+    all_special_tokens = ()
+
+    def decode(self, ids, *, clean_up_tokenization_spaces=False):
+        assert not clean_up_tokenization_spaces
         return "".join(map(chr, ids))
 
     def encode(self, text, *, add_special_tokens):

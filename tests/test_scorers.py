@@ -1,0 +1,195 @@
+"""Tests of the scorers: scores land on the policy's own steps, and what has none is left alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_prm_formats import MARKS, MERGES, byte_tokenizer
+from test_train import gsm8k_options, language_model, run, training_rows  # noqa: F401, a fixture
+
+from scope_jax.models.transformer import Transformer, TransformerConfig
+from scope_jax.prm import PRM, save_prm
+from scope_jax.prm_formats import PRMFormat, PRMTexts
+from scope_jax.records import ScoreRequests, StepScores
+from scope_jax.scorers import oracle_scorer, text_scorer, token_scorer
+from scope_jax.steps import segment_steps
+
+POLICY = byte_tokenizer(first=("<pad>", "<eos>"))
+OTHER = byte_tokenizer(MERGES, MARKS, first=("<pad>", "<eos>", "<filling>"), bos="<bos>")
+EOS = POLICY.eos_token_id
+
+
+def ids_of(text: str) -> list[int]:
+    return POLICY.encode(text, add_special_tokens=False)
+
+
+BAD_BYTE = POLICY.convert_tokens_to_ids("ÿ")  # how byte-level BPE writes 0xff
+
+
+def requests(completions, *, splitter="\n") -> ScoreRequests:
+    """Requests of rows of ids, with the prompt "p?" LEFT-padded to 4 and T = the longest."""
+    length = max(map(len, completions))
+    ids = np.full((len(completions), length), 0, np.int32)
+    mask = np.arange(length) < np.array([len(row) for row in completions])[:, None]
+    for row, completion in enumerate(completions):
+        ids[row, : len(completion)] = completion
+    step_ends, step_mask = segment_steps(POLICY, ids, mask, splitter)
+    rows = len(completions)
+    return ScoreRequests(
+        prompt_ids=np.tile(np.array([0, 0, *ids_of("p?")], np.int32), (rows, 1)),
+        prompt_mask=np.tile(np.array([False, False, True, True]), (rows, 1)),
+        completion_ids=ids, completion_mask=mask, finished=mask.any(1),
+        step_ends=step_ends, step_mask=step_mask,
+        records=tuple({"problem": "p?", "gold": f"gold {row}"} for row in range(rows)),
+    )  # fmt: skip
+
+
+class ReadsIds:
+    """A score_fn: a step's score is the id `back` columns before its read position."""
+
+    def __init__(self, back):
+        self.back, self.calls = back, []
+
+    def __call__(self, ids, mask, score_positions, step_mask):
+        self.calls.append((ids, mask, score_positions, step_mask))
+        scores = np.take_along_axis(ids, np.maximum(score_positions - self.back, 0), axis=1)
+        return StepScores(np.where(step_mask, scores, 0).astype(np.float32), step_mask)
+
+
+# --- token_scorer ---------------------------------------------------------------------------------
+
+
+def test_token_scorer_reads_each_step_at_its_last_token_behind_the_prompt():
+    given = requests([ids_of("ab\ncd\ne"), ids_of("xyz"), []])
+    score_fn = ReadsIds(back=0)
+    scored, counts = token_scorer(score_fn, max_length=100)(given)
+    newline, e, z = ids_of("\n")[0], ids_of("e")[0], ids_of("z")[0]
+    assert scored.scores.tolist() == [[newline, newline, e], [z, 0, 0], [0, 0, 0]]
+    assert scored.mask.tolist() == [[True] * 3, [True, False, False], [False] * 3]
+    ids, mask, positions, _ = score_fn.calls[0]
+    assert positions.tolist() == [[4 + 3 - 1, 4 + 6 - 1, 4 + 7 - 1], [4 + 3 - 1, 0, 0], [0] * 3]
+    assert positions.dtype == np.int32
+    assert ids[0].tolist() == [0, 0, *ids_of("p?"), *ids_of("ab\ncd\ne")]
+    assert mask.sum(1).tolist() == [2 + 7, 2 + 3, 2 + 0]
+    assert counts == {"prm/alignment_failed": 0, "prm/too_long": 0}
+
+
+def test_token_scorer_leaves_rows_beyond_the_context_alone_and_counts_them():
+    given = requests([ids_of("a\nbcd"), ids_of("a\nbc"), [], ids_of("a\nbcde")])  # 5 4 0 6
+    score = token_scorer(ReadsIds(back=0), max_length=2 + 4)
+    scored, counts = score(given)
+    assert scored.mask.tolist() == [[False] * 2, [True] * 2, [False] * 2, [False] * 2]
+    assert counts == {"prm/alignment_failed": 0, "prm/too_long": 2}  # the empty row is none
+
+
+# --- text_scorer ----------------------------------------------------------------------------------
+
+
+def test_text_scorer_scores_land_on_the_policys_steps_and_every_other_row_is_left_alone():
+    rows = {
+        "fine": ids_of("ax\nby\n"),
+        "fine, ended": [*ids_of("a.\n\ncd\nez"), EOS],
+        "not UTF-8": [*ids_of("a\nb"), BAD_BYTE, *ids_of("\n")],
+        "cut inside a character": ids_of("\U0001f600")[:3],
+        "too long": ids_of("long " * 9),
+        "no steps": [],
+        "special inside": [*ids_of("a\n"), EOS, *ids_of("b")],
+        "spells the PRM's mark": ids_of("a\n<extra_0>"),
+        "only the end": [EOS],
+    }
+    layout = PRMTexts(OTHER, PRMFormat("trl"), "prm")
+    score_fn = ReadsIds(back=1)  # behind the separator: the last letter of the step
+    scored, counts = text_scorer(score_fn, layout, POLICY, max_length=20)(
+        requests(list(rows.values()))
+    )
+    x, y, dot, d, z = (OTHER.convert_tokens_to_ids(letter) for letter in "xy.dz")
+    want = dict.fromkeys(rows, [0, 0, 0])
+    want |= {"fine": [x, y, 0], "fine, ended": [dot, d, z]}
+    assert dict(zip(rows, scored.scores.tolist(), strict=True)) == want
+    assert scored.mask.tolist() == [[score > 0 for score in row] for row in want.values()]
+    # "only the end" has one step without text
+    assert counts == {"prm/alignment_failed": 5, "prm/too_long": 1}
+    ids, mask, _, step_mask = score_fn.calls[0]
+    assert ids.shape == mask.shape == (9, 20) and step_mask.shape == (9, 3)
+    assert mask.any(1).tolist() == [True, True] + [False] * 7
+    assert OTHER.decode(ids[0][mask[0]]) == "<bos>p?ax\nby\n"
+
+
+def test_text_scorer_agrees_with_token_scorer_where_the_tokenizers_agree():
+    """The last letters of random steps, by both routes."""
+    rng = np.random.default_rng(0)
+    texts = [
+        "\n".join("".join(rng.choice(list("abcdef"), 3)) for _ in range(rng.integers(1, 5)))
+        for _ in range(20)
+    ]
+    given = requests([[*ids_of(text), EOS] for text in texts])
+    layout = PRMTexts(POLICY, PRMFormat("trl"), "prm")
+    by_text, _ = text_scorer(ReadsIds(back=1), layout, POLICY, max_length=64)(given)
+    by_token, _ = token_scorer(ReadsIds(back=1), max_length=64)(given)
+    np.testing.assert_array_equal(by_text.mask, by_token.mask)
+    np.testing.assert_array_equal(by_text.scores, by_token.scores)
+    assert by_text.mask.sum() == sum(text.count("\n") + 1 for text in texts)
+
+
+# --- oracle_scorer --------------------------------------------------------------------------------
+
+
+def test_oracle_scorer_asks_the_tasks_checker_with_gold_and_finished():
+    asked = []
+
+    def check_steps(gold, steps, finished):
+        asked.append((gold, steps, finished))
+        return ["x" not in step for step in steps]
+
+    def decode_steps(ids, ends, mask):
+        rows = []
+        for row, row_ends, real in zip(ids, ends, mask, strict=True):
+            bounds = [0, *row_ends[real]]
+            rows.append([POLICY.decode(row[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)])
+        return rows
+
+    given = requests([ids_of("a\nx\nb"), [], ids_of("xa")])
+    scored, counts = oracle_scorer(check_steps, decode_steps)(given)
+    assert asked == [
+        ("gold 0", ["a\n", "x\n", "b"], True), ("gold 1", [], False), ("gold 2", ["xa"], True),
+    ]  # fmt: skip
+    assert scored.scores.tolist() == [[1, 0, 1], [1, 1, 1], [0, 1, 1]]
+    np.testing.assert_array_equal(scored.mask, given.step_mask)
+    assert counts == {}
+
+
+# --- In the loop ----------------------------------------------------------------------------------
+
+
+def tiny_model(vocab_size: int, **options) -> Transformer:
+    sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    return Transformer(TransformerConfig(vocab_size=vocab_size, mlp_dim=32, **sizes, **options))
+
+
+@pytest.fixture(scope="module")
+def other_prm(tmp_path_factory):
+    """A random PRM whose tokenizer is not the policy's."""
+    path = tmp_path_factory.mktemp("prm") / "prm"
+    prm = PRM(tiny_model(len(OTHER)), "linear2_at_sep", PRMFormat("trl"))
+    key = jax.random.key(0)
+    backbone = prm.backbone.init(jax.random.fold_in(key, 0))
+    backbone.pop("unembed", None)
+    head = prm.init_head(jax.random.fold_in(key, 1))
+    save_prm(path, prm, {"backbone": backbone, "head": head}, OTHER)
+    return path
+
+
+def test_training_counts_what_a_prm_with_another_tokenizer_cannot_read(
+    tmp_path,
+    language_model,  # noqa: F811
+    other_prm,
+):
+    options = gsm8k_options(language_model, f"--config.prm.path={other_prm}")
+    run(tmp_path / "run", *options, config="gsm8k_smollm2:runlocal")
+    steps = training_rows(tmp_path / "run")
+    assert len(steps) == 2
+    for row in steps:  # 8 problems x 2 rollouts of random bytes: few are UTF-8
+        assert 0 < row["prm/alignment_failed"] <= 16 and row["prm/too_long"] == 0
+        assert np.isfinite(row["loss"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["prm"]["reads"] == "text"
