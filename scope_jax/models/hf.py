@@ -331,10 +331,8 @@ def load_tokenizer(path_or_hub_id):
         raise InputError(f"{directory} holds no tokenizer that can be read: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{directory}: the tokenizer names no end token (eos_token)")
-    last = max(tokenizer.get_vocab().values())
-    if (
-        isinstance(vocab_size, int) and last >= vocab_size
-    ):  # else its embedding is read past the end
+    last = max(tokenizer.get_vocab().values())  # an id past the end would read another embedding
+    if isinstance(vocab_size, int) and last >= vocab_size:
         raise InputError(
             f"{directory}: the tokenizer has ids up to {last}, config.json's vocab_size is "
             f"{vocab_size}: they are not of one model"
