@@ -50,6 +50,8 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "top_k": 0,
                 "top_p": 1.0,
+                "min_p": 0.0,
+                "slots": 0,  # rows decoded at a time, the others wait; 0 = all
             },
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},

@@ -78,6 +78,7 @@ class PRM:
     head: str = "linear2_at_sep"
     format: PRMFormat = PRMFormat("trl")  # the layout of its texts; nothing here computes with it
     pair_ids: tuple[int, int] | None = None  # lm_pair_at_token: ids of (good, bad)
+    reads: int = 1  # last tokens of a step that its score is read at; the published models': 1
 
     def declare(self):
         config = self.backbone.config
@@ -88,25 +89,40 @@ class PRM:
     def init_head(self, key: jax.Array):
         return init_params(declare_head(self.head, self.backbone.config.embed_dim), key)
 
+    def features(self, params, ids, positions, score_positions):
+        """Returns what the head's last linear map reads, [B, S * reads, features] float32.
+
+        Of lm_pair_at_token: the hidden state, in the backbone's dtype.
+        """
+        hidden, _ = self.backbone(params["backbone"], ids, positions=positions)
+        at, _ = last_tokens(positions, score_positions, self.reads)
+        read = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+        if self.head == "lm_pair_at_token":
+            return read
+        read = read.astype(jnp.float32)
+        if self.head == "mlp2_at_token":
+            return jax.nn.relu(_linear(read, params["head"]["hidden"]))
+        return read
+
     def logits(self, params, ids, positions, score_positions):
         """Returns [B, S, 2] float32 logits of (wrong, correct)."""
-        hidden, _ = self.backbone(params["backbone"], ids, positions=positions)
-        read = jnp.take_along_axis(hidden, score_positions[:, :, None], axis=1)  # [B, S, D]
+        read = self.features(params, ids, positions, score_positions)
         if self.head == "lm_pair_at_token":
             assert self.pair_ids is not None, "lm_pair_at_token needs pair_ids"
             bad_good = jnp.array(self.pair_ids[::-1])
             unembed = self.backbone.unembed(params["backbone"])[:, bad_good]  # [D, 2]
             weights = unembed.astype(read.dtype)
-            return jnp.matmul(read, weights, preferred_element_type=jnp.float32)
-        head = jax.tree.map(lambda x: x.astype(jnp.float32), params["head"])
-        linear = lambda x, w: x @ w["w"] + w["b"][None, None]  # noqa: E731
-        read = read.astype(jnp.float32)
-        if self.head == "mlp2_at_token":
-            return linear(jax.nn.relu(linear(read, head["hidden"])), head["out"])
-        out = linear(read, head)
+            out = jnp.matmul(read, weights, preferred_element_type=jnp.float32)
+        else:
+            out = _linear(read, last_linear(params["head"]))
         if self.head == "value_sigmoid_at_sep":  # sigmoid(v) is the softmax of (0, v)
-            return jnp.concatenate([jnp.zeros_like(out), out], axis=-1)
-        return out
+            out = jnp.concatenate([jnp.zeros_like(out), out], axis=-1)
+        if self.reads == 1:
+            return out
+        _, real = last_tokens(positions, score_positions, self.reads)
+        odds = (out[..., 1] - out[..., 0]).reshape(real.shape)
+        pooled = all_right(odds, real)
+        return jnp.stack([jnp.zeros_like(pooled), pooled], axis=-1)
 
     def __call__(self, params, ids, positions, score_positions):
         return jax.nn.softmax(self.logits(params, ids, positions, score_positions), axis=-1)[..., 1]
@@ -114,6 +130,47 @@ class PRM:
     @property
     def max_position(self) -> int:
         return self.backbone.config.max_position
+
+
+def last_tokens(positions, score_positions, reads: int):
+    """Returns the columns of each step's `reads` last tokens, the last one first.
+
+    A step ends where the one before it is read; of the first step only that is known, so that the
+    last words of the problem count as its own if it is shorter than `reads`.
+
+    Args:
+      positions: [B, L] int32, -1 on padding.
+      score_positions: [B, S] int32, column of each step's last token.
+    Returns:
+      (columns [B, S * reads] int32, [B, S, reads] bool: False on tokens of the step before and on
+      padding).
+    """
+    before = jnp.pad(score_positions, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    at = score_positions[:, :, None] - jnp.arange(reads)[None, None, :]
+    real = (at > before[:, :, None]) | (jnp.arange(reads) == 0)[None, None, :]
+    columns = jnp.maximum(at, 0).reshape(len(score_positions), -1)
+    padding = jnp.take_along_axis(positions, columns, axis=1).reshape(real.shape) < 0
+    return columns, real & ~padding
+
+
+def all_right(odds, real):
+    """Returns the log-odds [..] that no token is wrong, given each token's own [.., R].
+
+    P(step right) is the product of its tokens' (a noisy-or of errors): a wrong number shows where
+    it is written, not at the separator behind it, and one wrong token makes a step wrong.
+    """
+    log_right = jnp.where(real, jax.nn.log_sigmoid(odds), 0.0).sum(-1)
+    log_right = jnp.minimum(log_right, -1e-7)  # log(1 - 1) has no gradient
+    return log_right - jnp.log(-jnp.expm1(log_right))
+
+
+def last_linear(head):
+    """Returns the {"w", "b"} of a head that gives its logits."""
+    return head.get("out", head)
+
+
+def _linear(x, weights):
+    return x @ weights["w"].astype(jnp.float32) + weights["b"].astype(jnp.float32)[None, None]
 
 
 @functools.partial(jax.jit, static_argnames=("prm",))
@@ -204,7 +261,7 @@ def load_prm(path, *, format: str | None = None, mesh=None, rules=None, dtype=No
     if head == "lm_pair_at_token":
         pair_ids = told.get("pair_ids") or find_pair_ids(load_tokenizer(directory)[0])
         pair_ids = _checked_pair(pair_ids, config.vocab_size, directory)
-    prm = PRM(Transformer(config), head, layout, pair_ids)
+    prm = PRM(Transformer(config), head, layout, pair_ids, reads=told.get("reads", 1))
     params = load_tree(prm.declare(), tensors, mesh=mesh, rules=rules, dtype=dtype)
     config = dataclasses.replace(config, dtype=str(params["backbone"]["embed"].dtype))
     return dataclasses.replace(prm, backbone=Transformer(config)), params
@@ -225,6 +282,12 @@ def _told(hf_config, names: set[str], path: str, format: str | None, directory) 
                 f'and "format" (and "step_token"), got {told!r}'
             )
         declare_head(told["head"], 1)  # refuses an unknown one
+        reads = told.get("reads", 1)
+        if not isinstance(reads, int) or reads < 1:
+            raise InputError(
+                f'{directory}/config.json: "reads" of "scope_jax_prm" must be a whole number of '
+                f"tokens from 1 on, got {reads!r}"
+            )
     elif "ForProcessRewardModel" in architecture or "score.0.weight" in names:
         told = {"head": "mlp2_at_token", "format": "qwen_math"}
     elif "ForTokenClassification" in architecture or "score.weight" in names:
@@ -268,6 +331,8 @@ def save_prm(path, prm: PRM, params, tokenizer=None) -> None:
     told["format"] = told.pop("name")
     if prm.pair_ids is not None:
         told["pair_ids"] = list(prm.pair_ids)
+    if prm.reads != 1:
+        told["reads"] = prm.reads
     config = {**config_to_hf(prm.backbone.config), "scope_jax_prm": told}
     named = {"linear2_at_sep": "ForTokenClassification", "mlp2_at_token": "ForProcessRewardModel"}
     if prm.head in named:  # transformers and TRL load the first as a token classifier

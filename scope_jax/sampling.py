@@ -1,29 +1,37 @@
-"""Rollouts: one jitted program that prefills and decodes with a KV cache.
+"""Rollouts: prefill the prompts once, decode the rows in `slots`, follow the tokens that exist.
 
-    generate        P prompts -> B = P * G completions; each prompt is prefilled once and its cache
-    repeated G times continue_from   B prompts with token prefixes -> their continuations
+    generate        P prompts -> B = P * G completions; a prompt's keys are shared by its G rows
+    continue_from   B prompts with token prefixes -> their continuations
 
-Index arithmetic, the same for both. A context is LEFT-padded to M slots, so every row's first new
-token is sampled from the hidden state of slot M - 1, and completion column t goes to cache slot M +
-t:
+The host runs the programs of models/decoding.py, and between them looks at which rows still live:
 
-    slot        0 ..        M-1 | M       M+1     ..
-    row         - - c0 c1 .. cm | t0      t1      ..        hidden[slot s] predicts the token of
-    slot s + 1 column                      | 0       1       ..
+    prefill  ->  admit  ->  segment  ->  admit, or move, or the end
+                    ^__________|________________|
 
-A row's randomness is fold_in(fold_in(key, row id), column): it depends on neither its neighbours
-nor the batch size.
+    slot 0   row 0 . . . . . . E | row 9 . . . .       E = end token; the slot goes to the next row
+    slot 1   row 1 . . . . . . . . . . E - - - -       nobody waits: the slot idles until `move`
+
+A row's randomness is fold_in(fold_in(key, row id), column): its tokens depend on neither its
+neighbours nor slots, segments or buckets.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from scope_jax.models.kv_cache import positions_from_mask, repeat_rows
-from scope_jax.records import PAD, POLICY, InputError, Rollouts
+from scope_jax.models import decoding
+from scope_jax.models.decoding import program
+from scope_jax.models.kv_cache import KVCache, SharedPrompts
+from scope_jax.models.transformer import Transformer
+from scope_jax.records import InputError, Rollouts
+
+FEWEST_SLOTS = 4  # below it a step costs the same
+FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
+BUCKETS = 4  # sizes of the slots, and of the cache, that programs are compiled for
+PREFILL_TOKENS = 16384  # read in one forward
 
 
 def generate(
@@ -39,9 +47,11 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     pad_id: int = 0,
     row_ids=None,
     buffer_length: int | None = None,
+    slots: int = 0,
 ) -> Rollouts:
     """Samples `group_size` completions of every prompt.
 
@@ -54,12 +64,15 @@ def generate(
       max_new_tokens: int, or [B] a budget per row (B = P * G, row-major by prompt).
       eos_ids: end token ids; the sampled one is kept in the completion.
       temperature: 0 takes the argmax (log-probs are then those of temperature 1).
-      top_k, top_p: restrict the draw; 0 and 1.0 are off. `logps` stay those of the full vocabulary.
+      top_k, top_p, min_p: restrict the draw (`drawing.truncate`); 0, 1.0 and 0.0 are off. `logps`
+        stay those of the full vocabulary.
       pad_id: id after the end of a completion.
       row_ids: [B] int32, seeds of the rows' keys (default 0 .. B - 1), so that a subset of rows
         keeps its samples.
       buffer_length: T of the result (default: the largest budget). Set it where budgets vary from
         call to call.
+      slots: rows decoded at a time (0 = all): the others wait for a free one. It bounds the memory
+        of keys and values, whatever P * G is, and changes no row's tokens.
     Returns:
       Rollouts of B rows.
     Raises:
@@ -74,9 +87,14 @@ def generate(
         )
     rows = prompt_ids.shape[0] * group_size
     options = _options(
-        rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
+        rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
+        row_ids, slots,
+    )  # fmt: skip
+    sampled = _roll_out(
+        model, params, prompt_ids, prompt_mask, key, group_size=group_size, **options
     )
-    return _generate(model, params, prompt_ids, prompt_mask, key, repeats=group_size, **options)
+    repeat = functools.partial(_repeat, group_size=group_size)
+    return Rollouts(prompt_ids=repeat(prompt_ids), prompt_mask=repeat(prompt_mask), **sampled)
 
 
 def continue_from(
@@ -93,9 +111,11 @@ def continue_from(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     pad_id: int = 0,
     row_ids=None,
     buffer_length: int | None = None,
+    slots: int = 0,
 ) -> Rollouts:
     """Samples a continuation of every row's prompt + prefix, none of whose tokens is changed.
 
@@ -128,11 +148,12 @@ def continue_from(
             "every row needs a token to continue from: its prompt and prefix are empty"
         )
     options = _options(
-        rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
-    )
-    return _continue(
-        model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, **options
-    )
+        rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
+        row_ids, slots,
+    )  # fmt: skip
+    context, context_mask = _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length)
+    sampled = _roll_out(model, params, context, context_mask, key, group_size=1, **options)
+    return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
 def _check_prompts(prompt_ids, prompt_mask) -> None:
@@ -144,8 +165,9 @@ def _check_prompts(prompt_ids, prompt_mask) -> None:
 
 
 def _options(
-    rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, pad_id, row_ids
-) -> dict:
+    rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id, row_ids,
+    slots,
+) -> dict:  # fmt: skip
     """Checks the sampling options and splits them into static ones and arrays."""
     budgets = np.asarray(jax.device_get(max_new_tokens), np.int32)
     row_ids = np.arange(rows, dtype=np.int32) if row_ids is None else row_ids
@@ -159,58 +181,207 @@ def _options(
         raise InputError(
             f"max_new_tokens must lie in 0 .. {length} with room for a token, got {max_new_tokens}"
         )
-    if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
+    if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and 0 <= min_p <= 1):
         raise InputError(
-            "temperature >= 0, 0 < top_p <= 1 and top_k >= 0 expected, got "
-            f"{temperature=}, {top_p=}, {top_k=}"
+            "temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1 expected, got "
+            f"{temperature=}, {top_p=}, {top_k=}, {min_p=}"
         )
+    if slots < 0:
+        raise InputError(f"slots must be 0 (all rows) or more, got {slots}")
+    # device_put: explicit, so that a caller's transfer guard lets it pass
+    drawing = {"temperature": jax.device_put(np.float32(temperature or 1.0))}
+    if top_p < 1:
+        drawing["top_p"] = jax.device_put(np.float32(top_p))
+    if min_p > 0:
+        drawing["min_p"] = jax.device_put(np.float32(min_p))
     return {
-        # device_put: explicit, so that a caller's transfer guard lets it pass
-        "budgets": jax.device_put(budgets),
+        "budgets": budgets,
         "row_ids": jax.device_put(row_ids),
-        "temperature": jax.device_put(np.float32(temperature or 1.0)),
-        "top_p": jax.device_put(np.float32(top_p)),
         "length": length,
+        "slots": min(slots or rows, rows),
         "eos_ids": tuple(int(i) for i in np.atleast_1d(np.asarray(eos_ids, np.int32))),
+        "pad_id": int(pad_id),
         "greedy": temperature == 0,
         "top_k": int(top_k),
-        "use_top_p": top_p < 1,
-        "pad_id": int(pad_id),
+        "drawing": drawing,
     }
 
 
-_STATIC = ("model", "length", "eos_ids", "greedy", "top_k", "use_top_p", "pad_id")
+# ------------------------------------------------------------------------------ the host's part
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "repeats"))
-def _generate(model, params, prompt_ids, prompt_mask, key, *, repeats, length, **options):
-    rows, slots = prompt_ids.shape
-    cache = model.init_cache(rows, slots + length)
-    positions = positions_from_mask(prompt_mask)
-    hidden, cache = model(params, prompt_ids, positions=positions, cache=cache)
-    repeat = functools.partial(jnp.repeat, repeats=repeats, axis=0)  # [P, ...] -> [B, ...]
-    hidden, next_position = repeat(hidden[:, -1]), repeat(positions[:, -1] + 1)
-    cache = repeat_rows(cache, repeats)
-    sampled = _decode(model, params, cache, hidden, next_position, key, length=length, **options)
-    return Rollouts(prompt_ids=repeat(prompt_ids), prompt_mask=repeat(prompt_mask), **sampled)
+def _roll_out(
+    model,
+    params,
+    ids,
+    mask,
+    key,
+    *,
+    group_size,
+    budgets,
+    row_ids,
+    length,
+    slots,
+    pad_id,
+    drawing,
+    **static,
+) -> dict[str, jax.Array]:
+    """Completes every context `group_size` times; returns the fields of Rollouts but its prompts.
+
+    Args:
+      ids, mask: [P, M], every context's last token in the last column.
+      budgets: [B] numpy; rows with a budget of 0 are never decoded.
+      drawing, static: `draw`'s arrays; its static options and eos_ids.
+    """
+    if isinstance(model, Transformer) and jax.default_backend() == "cpu":
+        model, params = model.one_block_per_layer(params)
+    place = _batch_sharding(ids)
+    if slots % _batch_shards(ids):
+        raise InputError(
+            f"slots={slots} does not divide over the {_batch_shards(ids)} batch shards of the mesh"
+        )
+    contexts = _prefill_all(model, params, ids, mask, length)
+    rolling = isinstance(contexts.cache, KVCache)  # other caches can neither grow nor be refilled
+    waiting, occupant = np.flatnonzero(budgets > 0), np.full(slots, -1)  # numbers of rows
+    sizes = slot_buckets(slots, _batch_shards(ids)) if rolling else [slots]
+    widths = column_buckets(length, refilled=slots < len(waiting)) if rolling else [0]
+    of_rows = (decoding.row_keys(key, row_ids), jax.device_put(budgets))
+    state = decoding.start(
+        model, contexts, of_rows[0], slots=slots, columns=widths[0], rows=len(budgets),
+        length=length, pad_id=pad_id, place=place,
+    )  # fmt: skip
+    settings, prompts = {"impl": jax.random.key_impl(key), **static, **drawing}, None
+    while True:
+        free = np.flatnonzero(occupant < 0)
+        if len(waiting) and len(free) and (rolling or len(free) == slots):
+            new = np.full(slots, -1)
+            new[free[: len(waiting)]], waiting = waiting[: len(free)], waiting[len(free) :]
+            occupant = np.where(new < 0, occupant, new)
+            prompt_at = np.maximum(occupant, 0) // group_size
+            where, prompts = jax.device_put((new, prompt_at)), None
+            state = decoding.admit(model, params, state, contexts, *of_rows, *where, **settings)
+        live, count, filled = jax.device_get((state.live, state.count, state.filled))
+        occupant = np.where(live, occupant, -1)
+        if not live.any() and not len(waiting):
+            return decoding.finish(state, pad_id=pad_id)
+        floor = 0
+        if rolling and live.any():
+            used = int(count[live].max()) - 1  # columns that the oldest live row fills
+            size, width = len(occupant), state.cache.positions.shape[1]
+            shape = _next_shape(
+                live.sum(), used, (size, width), sizes, widths,
+                full=filled == width, waiting=len(waiting) > 0,
+            )  # fmt: skip
+            if shape != (size, width) or filled == width:
+                keep = np.argsort(~live, kind="stable")[: shape[0]]  # live ones first
+                where = jax.device_put((keep, np.int32(filled - used)))
+                state, prompts = decoding.move(state, *where, columns=shape[1], place=place), None
+                occupant, size = occupant[keep], shape[0]
+            if prompts is None:
+                prompts = _share(contexts.cache, occupant, group_size)
+            smaller = max((s for s in sizes if s < size), default=0)
+            floor = size - max(1, size // 8) if len(waiting) else smaller
+        floor = jax.device_put(np.int32(floor))
+        state = decoding.segment(model, params, state, prompts, floor, **settings)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _continue(
-    model, params, prompt_ids, prompt_mask, prefix_ids, prefix_length, key, *, length, **options
-):
-    context, context_mask = _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length)
-    rows, slots = context.shape
-    positions = positions_from_mask(context_mask)
-    cache = model.init_cache(rows, slots + length)
-    hidden, cache = model(params, context, positions=positions, cache=cache)
-    next_position = positions[:, -1] + 1
-    sampled = _decode(
-        model, params, cache, hidden[:, -1], next_position, key, length=length, **options
-    )
-    return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
+def _next_shape(live, used, now, sizes, widths, *, full, waiting) -> tuple[int, int]:
+    """Returns the (slots, cache columns) of the next segment; `now` unless there is a reason."""
+    size = now[0] if waiting else min(s for s in sizes if s >= live)
+    if size == now[0] and not full:
+        return now
+    # A quarter of room at least: rows that end and begin must not move the cache at every step.
+    return size, next((w for w in widths if w > used + used // 4), widths[-1])
 
 
+def slot_buckets(slots: int, shards: int = 1) -> list[int]:
+    """Returns the numbers of slots that programs are compiled for, largest first.
+
+    >>> slot_buckets(64), slot_buckets(6), slot_buckets(16, shards=8)
+    ([64, 32, 16, 8], [6], [16, 8])
+    """
+    sizes = [slots]
+    while len(sizes) < BUCKETS and sizes[-1] % (2 * shards) == 0 and sizes[-1] >= 2 * FEWEST_SLOTS:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def column_buckets(length: int, *, refilled: bool) -> list[int]:
+    """Returns the sizes of the completions' cache that programs are compiled for, smallest first.
+
+    Args:
+      length: tokens of the longest completion.
+      refilled: rows begin while others run, so the columns of a row may lie anywhere; a quarter
+        more of them keeps the moves rare.
+
+    >>> column_buckets(256, refilled=False), column_buckets(100, refilled=True)
+    ([64, 128, 256], [64, 125])
+    """
+    last = length + length // 4 if refilled else length
+    first = max(FIRST_COLUMNS, -(-last // 2 ** (BUCKETS - 1)))
+    return [first << i for i in range(BUCKETS) if first << i < last] + [last]
+
+
+def _share(cache: KVCache, occupant, group_size: int) -> SharedPrompts:
+    """Returns the prompts of the rows in flight, with a lane for each of them.
+
+    With no more slots than prompts, a copy per slot takes no more memory than all prompts do, and
+    prompts that nobody reads any more cost nothing.
+    """
+    prompts, slots = cache.positions.shape[0], len(occupant)
+    prompt_at = np.maximum(occupant, 0) // group_size
+    if slots <= prompts:
+        lane = np.arange(slots)
+        where, lanes, lane = jax.device_put((prompt_at, lane[:, None], lane))
+        cache = decoding.take(cache, where)
+    else:
+        lanes = np.full((prompts, min(group_size, slots)), slots)
+        lane, taken = np.zeros(slots, int), np.zeros(prompts, int)
+        for slot in np.flatnonzero(occupant >= 0):
+            prompt = prompt_at[slot]
+            lanes[prompt, taken[prompt]] = slot
+            lane[slot] = prompt * lanes.shape[1] + taken[prompt]
+            taken[prompt] += 1
+        lanes, lane = jax.device_put((lanes, lane))
+    return SharedPrompts(cache.keys, cache.values, cache.positions, lanes, lane)
+
+
+def _prefill_all(model, params, ids, mask, length: int) -> decoding.Contexts:
+    """Reads the contexts, so many in one forward that it has at most PREFILL_TOKENS tokens."""
+    rows, width = ids.shape
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (
+        rows // n * width <= PREFILL_TOKENS or rows // n <= _batch_shards(ids)
+    ))  # fmt: skip
+    if parts == 1:
+        return decoding.prefill(model, params, ids, mask, length=length)
+    size = rows // parts
+    chunks = [
+        decoding.prefill(
+            model, params, *decoding.rows_from(ids, mask, i * size, size=size), length=length
+        )
+        for i in range(parts)
+    ]
+    return decoding.join(chunks)
+
+
+def _batch_shards(ids) -> int:
+    """Returns over how many devices the rows of an array are split."""
+    sharding = getattr(ids, "sharding", None)
+    return ids.shape[0] // sharding.shard_shape(ids.shape)[0] if sharding is not None else 1
+
+
+def _batch_sharding(ids) -> NamedSharding | None:
+    """Returns how the rows of an array are split over a mesh; None where they are not."""
+    sharding = getattr(ids, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and _batch_shards(ids) > 1 else None
+
+
+@program(static=("group_size",))
+def _repeat(prompt_ids, *, group_size):
+    return jnp.repeat(prompt_ids, group_size, axis=0)
+
+
+@program()
 def _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length):
     """Joins prompts and prefixes into one LEFT-padded context: every row ends in the last column.
 
@@ -221,133 +392,3 @@ def _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length):
     mask = jnp.concatenate([prompt_mask, prefix_mask], axis=1)
     order = jnp.argsort(mask, axis=1, stable=True)  # padding first, the order of real tokens kept
     return jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
-
-
-def _decode(
-    model,
-    params,
-    cache,
-    hidden,
-    next_position,
-    key,
-    *,
-    budgets,
-    row_ids,
-    length,
-    eos_ids,
-    pad_id,
-    **draw,
-):
-    """Samples until every row has ended or spent its budget.
-
-    State of the loop, after column `t - 1` was sampled: `ids[:, t - 1]` has not been read by the
-    model yet.
-    Stop reasons: every row is done (end token or budget), or the buffer is full (t == length).
-    """
-    unembed = model.unembed(params)
-    rows = hidden.shape[0]
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
-    is_end = lambda ids: (ids[:, None] == jnp.asarray(eos_ids, jnp.int32)[None, :]).any(-1)  # noqa: E731
-
-    def sample(state, hidden, t):
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(row_keys)
-        logits = (hidden @ unembed.astype(hidden.dtype)).astype(jnp.float32)
-        token, logp, sampling_logp = _draw(logits, keys, **draw)
-        live = ~state["done"] & (t < budgets)
-        token = jnp.where(live, token, pad_id)
-        column = {
-            "completion_ids": token,
-            "completion_mask": live,
-            "logps": jnp.where(live, logp, 0.0),
-            "sampling_logps": jnp.where(live, sampling_logp, 0.0),
-        }
-        out = {
-            k: jax.lax.dynamic_update_index_in_dim(state["out"][k], v, t, 1)
-            for k, v in column.items()
-        }
-        finished = state["finished"] | (live & is_end(token))
-        done = finished | (t + 1 >= budgets)
-        return {
-            "out": out,
-            "finished": finished,
-            "done": done,
-            "token": token,
-            "live": live,
-            "t": t + 1,
-        }
-
-    def body(carry):
-        state, cache = carry
-        position = jnp.where(state["live"] & ~state["done"], next_position + state["t"] - 1, -1)
-        hidden, cache = model(
-            params, state["token"][:, None], positions=position[:, None], cache=cache
-        )
-        return sample(state, hidden[:, 0], state["t"]), cache
-
-    def unfinished(carry):
-        return (carry[0]["t"] < length) & ~carry[0]["done"].all()
-
-    out = {
-        "completion_ids": jnp.full((rows, length), pad_id, jnp.int32),
-        "completion_mask": jnp.zeros((rows, length), bool),
-        "logps": jnp.zeros((rows, length), jnp.float32),
-        "sampling_logps": jnp.zeros((rows, length), jnp.float32),
-    }
-    start: dict[str, Any] = {"out": out, "finished": jnp.zeros(rows, bool), "done": budgets <= 0}
-    state, _ = jax.lax.while_loop(unfinished, body, (sample(start, hidden, jnp.int32(0)), cache))
-    token_source = jnp.where(state["out"]["completion_mask"], POLICY, PAD).astype(jnp.int8)
-    return {**state["out"], "token_source": token_source, "finished": state["finished"]}
-
-
-def _draw(logits, keys, *, temperature, top_p, greedy, top_k, use_top_p):
-    """Draws one token a row.
-
-    Args:
-      logits: [B, V] float32.
-      keys: [B] typed keys.
-    Returns:
-      (token [B] int32, its log-prob under the full vocabulary, its log-prob under the distribution
-      drawn from).
-    """
-    scaled = logits / temperature
-    full = jax.nn.log_softmax(scaled, axis=-1)
-    if greedy:
-        token = jnp.argmax(full, axis=-1).astype(jnp.int32)
-        logp = _pick(full, token)
-        return token, logp, jnp.zeros_like(logp)
-    kept = truncate(full, top_k=top_k, top_p=top_p if use_top_p else None)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(keys)
-    token = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
-    return token, _pick(full, token), _pick(jax.nn.log_softmax(kept, axis=-1), token)
-
-
-def truncate(logps: jax.Array, *, top_k: int = 0, top_p=None) -> jax.Array:
-    """Sets the tokens outside top-k and top-p to -inf.
-
-    Top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`, after
-    top-k, and always the most likely one (https://arxiv.org/abs/1904.09751). Ties at the border are
-    all kept.
-
-    Args:
-      logps: [B, V] float32 log-probs.
-      top_k: 0 is off.
-      top_p: None is off.
-    Returns:
-      [B, V] float32, not renormalised.
-    """
-    if top_k and top_k < logps.shape[-1]:
-        border = jax.lax.top_k(logps, top_k)[0][:, -1:]
-        logps = jnp.where(logps < border, -jnp.inf, logps)
-    if top_p is not None:
-        ordered = jnp.sort(logps, axis=-1, descending=True)
-        probs = jax.nn.softmax(ordered, axis=-1)
-        needed = (
-            jnp.cumsum(probs, axis=-1) - probs < top_p
-        )  # the mass before a token has not reached top_p
-        border = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
-        logps = jnp.where(logps < border, -jnp.inf, logps)
-    return logps
-
-
-def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(values, index[:, None], axis=-1)[:, 0]

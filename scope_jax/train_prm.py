@@ -18,6 +18,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,18 @@ from scope_jax.configlib import claim_workdir, load_object, one_line_errors
 from scope_jax.metrics import Writer
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.models.kv_cache import positions_from_mask
+from scope_jax.models.transformer import blocks_of
 from scope_jax.monte_carlo import label_problems
-from scope_jax.prm import HEADS, PRM, find_pair_ids, save_prm, score_solutions
+from scope_jax.prm import (
+    HEADS,
+    PRM,
+    all_right,
+    find_pair_ids,
+    last_linear,
+    last_tokens,
+    save_prm,
+    score_solutions,
+)
 from scope_jax.prm_formats import STEP_TOKENS, PRMFormat, PRMTexts, pad_inputs
 from scope_jax.records import InputError
 from scope_jax.sharding import make_mesh, put_batch, replicate
@@ -42,11 +53,16 @@ from scope_jax.update import init_state, make_optimizer
 LABELS = ("trl", "prm800k", "math_shepherd", "mc")
 
 
-def make_prm(path, *, head: str, format: str, step_token: str, layers: int, seed: int, mesh, dtype):
+def make_prm(
+    path, *, head: str, format: str, step_token: str, layers: int, train_layers: int, reads: int,
+    seed: int, mesh, dtype,
+):  # fmt: skip
     """Returns (PRM, params, tokenizer): a fresh head on a language model.
 
     Args:
       layers: keep so many of the backbone's first layers (0 = all).
+      train_layers: of them, how many of the last are to be trained (checked here only).
+      reads: last tokens of a step that its score is read at.
       format, step_token: "" = the head's own.
     """
     layout = PRMFormat(format or HEADS[head], step_token)
@@ -55,21 +71,119 @@ def make_prm(path, *, head: str, format: str, step_token: str, layers: int, seed
     model, params = load_hf(path, mesh=mesh, dtype=dtype)
     if layers > model.config.num_layers or layers < 0:
         raise InputError(f"--layers {layers}: {path} has {model.config.num_layers} layers")
+    kept = layers or model.config.num_layers
+    if not 0 <= train_layers < kept:
+        raise InputError(
+            f"--train-layers {train_layers}: 0 (everything) to {kept - 1} of the {kept} layers kept"
+        )
     if layers:
         model = dataclasses.replace(
             model, config=dataclasses.replace(model.config, num_layers=layers)
         )
         params["layers"] = jax.tree.map(lambda x: x[:layers], params["layers"])
     pair_ids = find_pair_ids(tokenizer) if head == "lm_pair_at_token" else None
-    prm = PRM(model, head, layout, pair_ids)
+    prm = PRM(model, head, layout, pair_ids, reads)
     if head != "lm_pair_at_token":
         params.pop("unembed", None)
     fresh = prm.init_head(jax.random.key(seed))
     if fresh:  # every score starts at 0.5: a random map of large features would first be unlearnt
-        last = fresh.get("out", fresh)
+        last = last_linear(fresh)
         last["w"] = jnp.zeros_like(last["w"])
     fresh = jax.tree.map(lambda x: x.astype(dtype), replicate(fresh, mesh))
     return prm, {"backbone": params, "head": fresh}, tokenizer
+
+
+def fit_head(prm, params, batches: list, mesh):
+    """Returns a head whose last linear map is fitted to the backbone as it is: probe, then tune.
+
+    A head from zero sends the backbone gradients of no use until it has found its direction, and it
+    finds it slowly, for the hidden states of a language model lie close to one common vector; here
+    they are centred and scaled (https://arxiv.org/abs/2202.10054 on probing first).
+    lm_pair_at_token has no weights of its own.
+
+    Args:
+      batches: of `make_batch`.
+    """
+    if not params["head"]:
+        return params["head"]
+    features, found = jax.jit(prm.features), []
+    for batch in batches:
+        ids, mask, at = put_batch((batch["ids"], batch["mask"], batch["score_positions"]), mesh)
+        positions = positions_from_mask(mask)
+        x = jax.device_get(features(params, ids, positions, at))
+        real = jax.device_get(last_tokens(positions, at, prm.reads)[1])
+        steps = batch["step_mask"]
+        found.append((x.reshape(*real.shape, -1)[steps], real[steps], batch["labels"][steps]))
+    x, real, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    weight, bias = fit_logistic(x, real, labels)
+    last = last_linear(params["head"])
+    w, b = (np.zeros(last[name].shape, np.float32) for name in ("w", "b"))
+    w[:, -1], b[-1] = weight, bias  # the logit of "correct", or the only one
+    fitted = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), {"w": w, "b": b}, last
+    )
+    return {**params["head"], "out": fitted} if "out" in params["head"] else fitted
+
+
+def fit_logistic(x, real, labels, *, ridge: float = 0.01, steps: int = 300):
+    """Returns (weights [D], bias) under which a step's tokens give its label, see `all_right`.
+
+    Args:
+      x: [steps, reads, D]; real: [steps, reads] bool; labels: [steps] in {0, 1}.
+      ridge: on the squared norm of the weights of centred and scaled features.
+      steps: of Adam on all examples at once.
+    """
+    mean, scale = x[real].mean(0), x[real].std(0) + 1e-6
+    z, real, labels = jax.device_put(((x - mean) / scale, real, labels.astype(np.float32)))
+
+    def loss(params):
+        odds = all_right(z @ params["w"] + params["b"], real)
+        fit = optax.sigmoid_binary_cross_entropy(odds, labels).mean()
+        return fit + ridge * jnp.sum(params["w"] ** 2)
+
+    optimizer = optax.adam(0.02)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    # All tokens right with the labels' mean is where a step's tokens share its odds evenly.
+    share = float(np.clip(labels.mean(), 1e-3, 1 - 1e-3)) ** (1 / real.shape[1])
+    start = {"w": jnp.zeros(x.shape[-1]), "b": jnp.float32(np.log(share / (1 - share)))}
+    (params, _), _ = jax.jit(
+        lambda start: jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+    )(start)
+    weight = np.asarray(params["w"]) / scale
+    return weight, float(params["b"] - weight @ mean)
+
+
+def freeze(params, train_layers: int) -> tuple[Any, Any]:
+    """Splits params into (trained, frozen): the embedding and all but the last layers are frozen.
+
+    The backward pass ends at the first trained layer, and frozen weights have no optimizer state.
+
+    Args:
+      train_layers: last layers of the backbone to train with the head; 0 = everything is trained.
+    """
+    if not train_layers:
+        return params, {}
+    backbone = dict(params["backbone"])
+    (layers,), embed = blocks_of(backbone.pop("layers")), backbone.pop("embed")
+    lower = jax.tree.map(lambda x: x[:-train_layers], layers)
+    upper = jax.tree.map(lambda x: x[-train_layers:], layers)
+    trained = {**params, "backbone": {**backbone, "layers": upper}}
+    return trained, {"embed": embed, "layers": lower}
+
+
+def join(trained, frozen, *, stacked: bool = False):
+    """Undoes `freeze`; the layers stay two blocks unless they are to be stacked (a copy)."""
+    if not frozen:
+        return trained
+    layers = (frozen["layers"], trained["backbone"]["layers"])
+    if stacked:
+        layers = jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *layers)
+    return {**trained, "backbone": {**frozen, **trained["backbone"], "layers": layers}}
 
 
 def lay_out(prm, tokenizer, records, max_length: int) -> tuple[list, dict[str, int]]:
@@ -115,8 +229,9 @@ def make_batch(examples: list) -> dict[str, np.ndarray]:
     return batch
 
 
-def prm_loss(params, prm, batch):
+def prm_loss(trained, frozen, prm, batch):
     """Returns (mean cross entropy over labelled steps, their accuracy)."""
+    params = join(trained, frozen)
     positions = positions_from_mask(batch["mask"])
     logits = prm.logits(params, batch["ids"], positions, batch["score_positions"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
@@ -127,11 +242,11 @@ def prm_loss(params, prm, batch):
 
 
 def make_update(prm, optimizer, state):
-    """Returns the jitted (state, batch) -> (state, metrics); the state stays where it is."""
+    """Returns the jitted (state, frozen, batch) -> (state, metrics); states stay where they are."""
 
-    def update(state, batch):
+    def update(state, frozen, batch):
         (loss, accuracy), grads = jax.value_and_grad(prm_loss, has_aux=True)(
-            state.params, prm, batch
+            state.params, frozen, prm, batch
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -228,7 +343,8 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
         raise InputError(f"--rows {args.rows} does not divide over {mesh.size} devices")
     prm, params, tokenizer = make_prm(
         args.model, head=args.head, format=args.format, step_token=args.step_token,
-        layers=args.layers, seed=args.seed, mesh=mesh, dtype=jnp.float32,
+        layers=args.layers, train_layers=args.train_layers, reads=args.reads,
+        seed=args.seed, mesh=mesh, dtype=jnp.float32,
     )  # fmt: skip
     options = {name: value for name, value in vars(args).items() if name != "workdir"}
     claim = functools.partial(claim_workdir, args.workdir, {"command": "train_prm", **options})
@@ -247,22 +363,27 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
         args.total_steps, learning_rate=args.learning_rate, schedule="cosine",
         warmup_steps=args.total_steps // 20, end_factor=0.1,
     )  # fmt: skip
-    state, start = init_state(optimizer, params), 0
+    lengths = np.array([len(item.ids) for item, _ in examples])
     manager = checkpoint.open_checkpoints(args.workdir, keep=2)
+    if args.probe and manager.latest_step() is None:
+        first = epoch_batches(lengths, args.rows, args.seed, 0)[: -(-args.probe // args.rows)]
+        batches = [make_batch([examples[i] for i in rows]) for rows in first]
+        params["head"] = fit_head(prm, params, batches, mesh)
+    trained, frozen = freeze(params, args.train_layers)
+    state, start = init_state(optimizer, trained), 0
     if (restored := checkpoint.restore(manager, state)) is not None:
         state, start = restored[0], int(restored[0].step)
     if start >= args.total_steps and (args.workdir / "prm").exists():
         raise InputError(f"{args.workdir} has done {start} updates: raise --total-steps to go on")
     writer = Writer(args.workdir, start)
     writer.say(describe(args, prm, params, train, held_out, dropped))
-    del params  # the state owns them now; the update donates it
+    del params, trained  # the state owns them now; the update donates it
     update, results = make_update(prm, optimizer, state), {}
-    lengths, log = np.array([len(item.ids) for item, _ in examples]), []
-    per_epoch, began = len(examples) // args.rows, time.perf_counter()
+    log, per_epoch, began = [], len(examples) // args.rows, time.perf_counter()
     for step in range(start, args.total_steps):
         batches = epoch_batches(lengths, args.rows, args.seed, step // per_epoch)
         batch = make_batch([examples[i] for i in batches[step % per_epoch]])
-        state, metrics = update(state, put_batch(batch, mesh))
+        state, metrics = update(state, frozen, put_batch(batch, mesh))
         log.append(metrics)
         done, last = step + 1, step + 1 == args.total_steps
         if last or done % 20 == 0:
@@ -273,13 +394,15 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
         if last or done % args.eval_every == 0:
             part = held_out[: args.eval_solutions]
             results = evaluate_steps(
-                prm, state.params, tokenizer, part, rows=args.rows, max_length=args.max_length
-            )
+                prm, join(state.params, frozen), tokenizer, part, rows=args.rows,
+                max_length=args.max_length,
+            )  # fmt: skip
             writer.write(done, results)
             writer.say("held out  " + "  ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
             began = time.perf_counter()
     manager.close()  # waits for the last save
-    save_prm(args.workdir / "prm", prm, state.params, tokenizer)
+    params = join(state.params, frozen, stacked=True)
+    save_prm(args.workdir / "prm", prm, params, tokenizer)
     writer.say(f"the PRM is in {args.workdir / 'prm'}")
     return results
 
@@ -313,6 +436,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--format", default="", choices=("", *STEP_TOKENS), help="text layout; the head's own")
     add("--step-token", default="", help="where steps are read; the format's own")
     add("--layers", type=int, default=0, help="first layers of the backbone to keep, 0 = all")
+    add("--train-layers", type=int, default=0, help="last layers of them to train, 0 = everything")
+    add("--reads", type=int, default=1, help="last tokens of a step that its score is read at")
+    add("--probe", type=int, default=0, help="solutions to fit the fresh head to first, 0 = none")
     add("--total-steps", type=int, default=1000, help="updates; raise it to go on")
     add("--rows", type=int, default=16, help="solutions an update")
     add("--max-length", type=int, default=1024, help="tokens; longer solutions are left out")
@@ -337,7 +463,7 @@ def make_parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    for name in ("rows", "total_steps", "max_length", "eval_every", "checkpoint_every"):
+    for name in ("rows", "reads", "total_steps", "max_length", "eval_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= args.held_out < 1:

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "scope_jax"
 FLOORS = [
     ["records", "methods", "configlib"],
     ["sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
-    + ["calibration"],
-    ["models", "models.kv_cache", "models.transformer", "models.safetensors_files", "models.hf"],
+    + ["calibration", "drawing"],
+    ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
+    + ["models.safetensors_files", "models.hf"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
     + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"],
     ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"],
@@ -22,7 +23,9 @@ FLOORS = [
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"),
-    ("models.transformer", "models.kv_cache"), ("models.hf", "models.transformer"),
+    ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
+    ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),
+    ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"),
     ("tasks.math_problems", "data"), ("step_labels", "data"),
     ("evaluate", "roles"), ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),

@@ -3,6 +3,7 @@
 tests/goldens/make_prm_goldens.py made the checkpoints and the scores that these tests read.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from scope_jax.prm import load_prm, save_prm, score_steps
+from scope_jax.prm import all_right, last_tokens, load_prm, save_prm, score_steps
 from scope_jax.records import InputError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -74,6 +75,54 @@ def test_scores_equal_pytorch(name):
     np.testing.assert_array_equal(scored.mask, step_mask)
     assert want[step_mask].std() > 0.2
     np.testing.assert_allclose(scored.scores, want, rtol=0, atol=1e-5)
+
+
+@ALL
+def test_score_over_several_tokens_is_the_product_of_theirs(name):
+    batch, _, step_mask = read_golden(name)
+    ids, mask, at, _ = batch
+    prm, params = load_prm(GOLDENS / name)
+    pooled = dataclasses.replace(prm, reads=3)
+    got = score_steps(pooled, params, *batch)
+    np.testing.assert_array_equal(got.mask, step_mask)
+    columns = np.arange(ids.shape[1])[None, :].repeat(len(ids), 0)  # a score at every token
+    single = np.asarray(score_steps(prm, params, ids, mask, columns, mask).scores)
+    for row, step in zip(*np.nonzero(step_mask), strict=True):
+        first = at[row, step - 1] + 1 if step else 0
+        tokens = range(max(first, at[row, step] - 2), at[row, step] + 1)
+        want = np.prod([single[row, t] for t in tokens if mask[row, t]])
+        np.testing.assert_allclose(got.scores[row, step], want, rtol=0, atol=1e-5)
+
+
+def test_last_tokens_end_where_the_step_before_does():
+    positions = jnp.array([[-1, -1, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]])
+    at, real = last_tokens(positions, jnp.array([[3, 7], [1, 2]]), 3)
+    assert at.tolist() == [[3, 2, 1, 7, 6, 5], [1, 0, 0, 2, 1, 0]]
+    assert real.tolist() == [
+        [[True, True, False], [True, True, True]],
+        [[True, True, False], [True, False, False]],
+    ]
+
+
+def test_log_odds_that_all_are_right_stay_finite_with_their_gradients():
+    odds = jnp.array([[60.0, 60.0], [-60.0, 3.0], [-200.0, -200.0], [0.0, 0.0]])
+    real = jnp.array([[True, True], [True, True], [True, True], [True, False]])
+    value, gradient = jax.jvp(lambda x: all_right(x, real), (odds,), (jnp.ones_like(odds),))
+    assert np.isfinite(value).all() and np.isfinite(gradient).all()
+    np.testing.assert_allclose(value[1:], [-60 - np.log1p(np.exp(-3)), -400, 0], atol=1e-4)
+    assert value[0] > 15  # a probability of 1 - 1e-7 is as near to 1 as float32 tells
+
+
+@pytest.mark.parametrize("reads", [0, -1, 2.5, "2", None])
+def test_bad_number_of_reads_is_named(reads, tmp_path):
+    prm, params = load_prm(GOLDENS / "prm_linear2")
+    save_prm(tmp_path, dataclasses.replace(prm, reads=4), params)
+    assert load_prm(tmp_path)[0].reads == 4
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["scope_jax_prm"]["reads"] = reads
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match='config.json: "reads" of "scope_jax_prm" must be'):
+        load_prm(tmp_path)
 
 
 def test_step_whose_probability_underflows_to_zero_is_still_a_step():

@@ -5,7 +5,6 @@ of bigrams (the least that the model protocol asks for), whose distributions are
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from scope_jax import sampling
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
 from scope_jax.records import PAD, POLICY, InputError, Rollouts
-from scope_jax.sampling import continue_from, generate, truncate
+from scope_jax.sampling import continue_from, generate
+from scope_jax.sharding import make_mesh, put_batch, replicate
 from scope_jax.update import completion_logps
+from tests.test_drawing import kept_tokens, log_softmax, truncated_probs
 
 EOS = 1
 CONFIG = TransformerConfig(
@@ -104,15 +106,6 @@ def _logits(params, ids, mask):
     return hidden @ MODEL.unembed(params)
 
 
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    return (
-        logits
-        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - logits.max(-1, keepdims=True)
-    )
-
-
 def full_logits(params, prompt_ids, prompt_mask, ids, mask):
     """Returns [B, T, V] logits of the completions by one forward without a cache."""
     logits = _logits(
@@ -134,31 +127,6 @@ def completion_logits(params, rollouts):
 
 def pick(values, ids):
     return np.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
-
-
-def kept_tokens(logps, top_k=0, top_p=None):
-    """The specification of `truncate`, one row, with sets."""
-    kept = set(range(len(logps)))
-    if 0 < top_k < len(logps):
-        border = sorted(logps, reverse=True)[top_k - 1]
-        kept = {i for i in kept if logps[i] >= border}
-    if top_p is not None:
-        total, mass, border = sum(math.exp(logps[i]) for i in kept), 0.0, math.inf
-        for i in sorted(kept, key=lambda i: -logps[i]):
-            if mass < top_p:
-                border = logps[i]
-            mass += math.exp(logps[i]) / total
-        kept = {i for i in kept if logps[i] >= border}
-    return kept
-
-
-def truncated_probs(logps, **options):
-    """Returns the kept tokens' probabilities, renormalised, and 0 for the others; any [..., V]."""
-    probs = np.zeros(logps.shape)
-    for index in np.ndindex(logps.shape[:-1]):
-        kept = sorted(kept_tokens(logps[index], **options))
-        probs[index][kept] = np.exp(logps[index][kept]) / np.exp(logps[index][kept]).sum()
-    return probs
 
 
 # --- Log-probs ------------------------------------------------------------------------------------
@@ -234,12 +202,12 @@ def test_cached_decode_equals_a_loop_without_cache(name, options, params, reques
         logits = full_logits(params, prompt_ids, prompt_mask, ids, mask)[:, column]
         logps = log_softmax(logits / TEMPERATURE)
         for row in np.flatnonzero(live):
-            noise = jax.random.gumbel(jax.random.fold_in(row_keys[row], column), (11,))
+            # 11 tokens are one block: the first uniform number chooses among one
+            _, uniform = jax.random.uniform(jax.random.fold_in(row_keys[row], column), (2,))
             kept = sorted(kept_tokens(logps[row], **options))
-            ids[row, column], mask[row, column] = (
-                max(kept, key=lambda i: logps[row, i] + noise[i]),
-                True,
-            )
+            cumulative = np.cumsum(np.exp(logps[row, kept]))
+            place = np.flatnonzero(cumulative > uniform * cumulative[-1])[0]
+            ids[row, column], mask[row, column] = kept[place], True
         live &= ids[:, column] != EOS
     np.testing.assert_array_equal(rollouts.completion_mask, mask)
     np.testing.assert_array_equal(rollouts.completion_ids, ids)
@@ -423,6 +391,97 @@ def test_loop_stops_when_every_row_has_ended_or_spent_its_budget():
     )  # the prompts and two columns: a row's last token is not read
 
 
+# --- Slots, refills, moves ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sizes so small that 12 rows of 8 tokens fill the cache, empty slots and move."""
+    for name, value in {"FIRST_COLUMNS": 2, "FEWEST_SLOTS": 1, "PREFILL_TOKENS": 10}.items():
+        monkeypatch.setattr(sampling, name, value)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("slots", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("name", ["sampled", "truncated"])
+def test_slots_and_buckets_change_no_row(slots, name, params, request):
+    whole, options = request.getfixturevalue(name), TRUNCATION if name == "truncated" else {}
+    parts = sample(params, slots=slots, **options)
+    np.testing.assert_array_equal(parts.completion_ids, whole.completion_ids)
+    np.testing.assert_array_equal(parts.completion_mask, whole.completion_mask)
+    np.testing.assert_array_equal(parts.finished, whole.finished)
+    for field in ("logps", "sampling_logps"):
+        np.testing.assert_allclose(getattr(parts, field), getattr(whole, field), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_rows_with_budgets_share_slots(params, sampled):
+    budgets = np.array([0, 3, 8, 1, 0, 8, 2, 5, 8, 8, 0, 1], np.int32)
+    parts = sample(params, slots=3, max_new_tokens=budgets)
+    shown = np.minimum(sampled.completion_mask.sum(-1), budgets)
+    assert parts.completion_mask.sum(-1).tolist() == shown.tolist()
+    for row, count in enumerate(shown):
+        assert (parts.completion_ids[row, :count] == sampled.completion_ids[row, :count]).all()
+    np.testing.assert_array_equal(parts.finished, sampled.finished & (shown == [
+        mask.sum() for mask in sampled.completion_mask
+    ]))  # fmt: skip
+
+
+def test_another_models_rows_wait_for_whole_slots():
+    rollouts = count_up([5, 7, 8, 2, 6], max_new_tokens=4, slots=2)
+    want = [[6, 7, 8, END], [8, END], [END], [3, 4, 5, 6], [7, 8, END]]
+    assert written(rollouts) == want
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("slots", [4, 7])
+def test_continuations_change_with_neither_slots_nor_buckets(slots, params, sampled):
+    lengths = np.arange(ROWS) % 3
+    whole = resume(params, sampled, lengths, key=3)
+    parts = resume(params, sampled, lengths, key=3, slots=slots)
+    np.testing.assert_array_equal(parts.completion_ids, whole.completion_ids)
+    np.testing.assert_allclose(parts.logps, whole.logps, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [0, 8])
+def test_mesh_changes_no_row_and_splits_them(slots, params, sampled):
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    prompts = put_batch((PROMPT_IDS, PROMPT_MASK), mesh)
+    options = {"group_size": GROUP, "max_new_tokens": LENGTH, "eos_ids": EOS}
+    rollouts = generate(
+        MODEL, replicate(params, mesh), *prompts, jax.random.key(0), temperature=TEMPERATURE,
+        slots=slots, **options,
+    )  # fmt: skip
+    np.testing.assert_array_equal(rollouts.completion_ids, sampled.completion_ids)
+    np.testing.assert_allclose(rollouts.logps, sampled.logps, rtol=0, atol=1e-5)
+    assert rollouts.completion_ids.sharding.shard_shape((ROWS, LENGTH)) == (ROWS // 4, LENGTH)
+    with pytest.raises(InputError, match="slots=6 does not divide over the 4 batch shards"):
+        generate(MODEL, params, *prompts, jax.random.key(0), slots=6, **options)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_programs_are_few_and_compiled_once(params):
+    """8 keys, whose rows end at other times each: at most BUCKETS**2 programs decode them all."""
+    options = {"slots": 8, "max_new_tokens": 16}
+    traced = set()
+
+    class Counted(Transformer):
+        def __call__(self, params, tokens, *, positions, cache=None):
+            if tokens.shape[1] == 1:
+                shape = (tokens.shape[0], cache.positions.shape[1])
+                assert shape not in traced or shape == (8, 2)  # the loop's body is traced twice
+                traced.add(shape)
+            return super().__call__(params, tokens, positions=positions, cache=cache)
+
+    for key in range(8):
+        fixed = {"group_size": GROUP, "eos_ids": EOS, "temperature": TEMPERATURE}
+        generate(
+            Counted(CONFIG), params, PROMPT_IDS, PROMPT_MASK, jax.random.key(key), **fixed,
+            **options,
+        )  # fmt: skip
+    assert 3 <= len(traced) <= sampling.BUCKETS**2
+
+
 # --- continue_from --------------------------------------------------------------------------------
 
 
@@ -495,42 +554,6 @@ def test_continuation_of_a_row_depends_on_its_id_alone(params, sampled):
     np.testing.assert_array_equal(second.completion_ids, first.completion_ids[::-1])
 
 
-# --- Truncation -----------------------------------------------------------------------------------
-
-
-def kept_by_truncate(logps, **options):
-    out = np.asarray(truncate(jnp.asarray(logps, jnp.float32), **options))
-    kept = np.isfinite(out)
-    np.testing.assert_array_equal(out[kept], np.asarray(logps, np.float32)[kept])
-    assert (out[~kept] == -np.inf).all()
-    return [set(np.flatnonzero(row).tolist()) for row in kept]
-
-
-@pytest.mark.parametrize("top_k", [0, 1, 3, 7, 9])
-def test_truncation_equals_the_twin(top_k):
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        logits = rng.normal(size=(6, 7))
-        logits[3:] = np.round(logits[3:] * 2) / 2  # ties
-        logps = log_softmax(logits).astype(np.float32)
-        for top_p in (None, 1e-6, 0.3, 0.55, 0.9, 0.9999):
-            want = [kept_tokens(row.tolist(), top_k, top_p) for row in logps]
-            assert kept_by_truncate(logps, top_k=top_k, top_p=top_p) == want
-
-
-def test_truncation_by_hand():
-    logps = np.log([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
-    everything = {0, 1, 2, 3}
-    assert kept_by_truncate(logps) == [everything] * 2
-    assert kept_by_truncate(logps, top_k=2) == [{1, 3}, everything]  # ties at the border stay
-    assert kept_by_truncate(logps, top_p=0.39) == [{1}, everything]
-    assert kept_by_truncate(logps, top_p=0.41) == [{1, 3}, everything]  # 0.4 has not reached it
-    assert kept_by_truncate(logps, top_p=1e-9)[0] == {1}
-    # top-k first: of 0.4 and 0.3 the share 0.4 / 0.7 reaches 0.55, though 0.4 does not
-    assert kept_by_truncate(logps, top_k=2, top_p=0.55)[0] == {1}
-    assert kept_by_truncate(logps, top_p=0.55)[0] == {1, 3}
-
-
 # --- Bad input ------------------------------------------------------------------------------------
 
 
@@ -556,6 +579,8 @@ NO_TOKEN[1], RIGHT_PADDED[1, 2] = False, False
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"slots": -1}, "slots must be 0"),
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,65 @@ def test_a_finished_run_is_not_silently_done_again(folder, capsys):
     assert (status, said.err[:7]) == (2, "error: "), said.out[-200:]
 
 
+PARTLY = (
+    "--train-layers", "1", "--reads", "3", "--probe", "64", "--learning-rate", "3e-3",
+    "--total-steps", "40",
+)  # fmt: skip
+
+
+def test_partly_trained_backbone_learns_resumes_and_keeps_the_frozen_bits(
+    folder, tmp_path, monkeypatch
+):
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    assert main(arguments(folder, whole, *PARTLY)) == 0
+    last = [row for row in metrics(whole) if "eval/step_accuracy" in row][-1]
+    assert last["eval/step_accuracy"] > 0.9 and last["eval/first_error_f1"] > 0.9
+    before, after = (load_file(path / "model.safetensors") for path in (
+        folder / "model", whole / "prm"
+    ))  # fmt: skip
+    frozen = [name for name in before if "layers.0." in name or "embed_tokens" in name]
+    trained = [name for name in before if "layers.1." in name or name == "model.norm.weight"]
+    assert len(frozen) > 5 and len(trained) > 5
+    for name in frozen:
+        np.testing.assert_array_equal(after[name], before[name])
+    assert all((after[name] != before[name]).any() for name in trained)
+    assert load_prm(whole / "prm")[0].reads == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "say_progress", mock.Mock(side_effect=Interrupted))
+        with pytest.raises(Interrupted):
+            main(arguments(folder, workdir, *PARTLY))
+    assert main(arguments(folder, workdir, *PARTLY)) == 0
+    resumed = load_file(workdir / "prm" / "model.safetensors")
+    for name in after:
+        np.testing.assert_array_equal(resumed[name], after[name])
+
+
+@pytest.mark.parametrize("head", ["linear2_at_sep", "mlp2_at_token", "value_sigmoid_at_sep"])
+def test_probe_alone_beats_a_fresh_head(folder, tmp_path, head, capsys):
+    """One update at a rate of nothing: what is evaluated is the fitted head."""
+    more = ("--head", head, "--learning-rate", "1e-12", "--total-steps", "1", "--reads", "2")
+    accuracy = []
+    for probe in ("0", "128"):
+        assert main(arguments(folder, tmp_path / probe, *more, "--probe", probe)) == 0
+        accuracy.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    fresh, fitted = (row["eval/balanced_accuracy"] for row in accuracy)
+    assert fitted > max(fresh, 0.5) + 0.2
+
+
+def test_fitted_logistic_finds_the_token_that_makes_a_step_wrong():
+    # One feature of five says that a token is wrong; a step is right if none of its tokens is.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 4, 5)).astype(np.float32) + 50  # far from the origin, as real ones
+    real = np.arange(4) < rng.integers(1, 5, 600)[:, None]
+    labels = (~((x[:, :, 2] > 51) & real).any(1)).astype(np.int32)
+    weight, bias = module.fit_logistic(x, real, labels, ridge=1e-4)
+    odds = np.where(real, x @ weight + bias, np.inf)
+    right = (odds.min(1) > 0) == (labels == 1)
+    assert right.mean() > 0.95
+    assert np.abs(weight).argmax() == 2 and weight[2] < 0
+
+
 # --- Batches --------------------------------------------------------------------------------------
 
 
@@ -216,7 +276,7 @@ def test_loss_is_the_mean_over_labelled_steps_and_accuracy_their_share():
         "labels": np.array([[1, 1, 0], [0, 0, 0]]),
         "step_mask": np.array([[True, True, False], [True, False, False]]),
     }  # fmt: skip
-    loss, accuracy = module.prm_loss({}, Given(), batch)
+    loss, accuracy = module.prm_loss({}, {}, Given(), batch)
     # -log softmax: right by 2, wrong by 2, right by 1/2
     want = (np.log(1 + np.exp(-2)) + np.log(1 + np.exp(2)) + np.log(1 + np.exp(-0.5))) / 3
     np.testing.assert_allclose(loss, want, rtol=1e-6)
@@ -229,6 +289,7 @@ def test_loss_is_the_mean_over_labelled_steps_and_accuracy_their_share():
 @pytest.mark.parametrize("head", ["linear2_at_sep", "lm_pair_at_token"])
 def test_layers_keeps_the_first_ones_exactly(folder, head):
     options = {"head": head, "format": "", "step_token": "", "seed": 0, "dtype": jnp.float32}
+    options |= {"train_layers": 0, "reads": 1}
     prm, params, _ = make_prm(folder / "model", layers=1, mesh=make_mesh(), **options)
     _, whole = load_hf(folder / "model", mesh=make_mesh(), dtype=jnp.float32)
     assert prm.backbone.config.num_layers == 1
@@ -263,6 +324,9 @@ def refused(capsys, options: list[str]) -> str:
         (("--held-out", "1"), "--held-out is a share"),
         (("--layers", "3"), "--layers 3: "),
         (("--layers", "-1"), "--layers -1: "),
+        (("--train-layers", "2"), "--train-layers 2: 0 (everything) to 1 of the 2 layers kept"),
+        (("--train-layers", "-1"), "--train-layers -1: "),
+        (("--reads", "0"), "--reads must be at least 1"),
         (("--model", "/nowhere"), "/nowhere does not exist"),
         (("--data", "/nowhere.jsonl"), "/nowhere.jsonl"),
         (("--step-token", "<no>", "--format", "qwen_math"), "no step token '<no>'"),

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scope_jax.models.kv_cache import init_cache, positions_from_mask, repeat_rows
+from scope_jax.models.kv_cache import (
+    SharedPrompts,
+    init_cache,
+    move_rows,
+    positions_from_mask,
+    take_rows,
+)
 from scope_jax.models.transformer import (
     Llama3Rope,
     Transformer,
@@ -312,16 +318,80 @@ def test_cache_keeps_prefill_and_decode_apart_from_padding():
     np.testing.assert_array_equal(cache.positions[:, :LENGTH], slots)
 
 
-def test_repeated_cache_is_row_major_by_prompt():
-    cache = init_cache(2, 2, 3, 1, 4, jnp.float32)
-    cache = cache.replace(
-        keys=cache.keys.at[:, 1].set(1.0), positions=jnp.array([[0, -1, -1], [5, 6, -1]])
+def test_rows_of_a_cache_are_taken_with_their_positions():
+    cache = init_cache((1, 2), 2, 3, 1, 4, jnp.float32)
+    cache = dataclasses.replace(
+        cache,
+        keys=(cache.keys[0].at[:, 1].set(1.0), cache.keys[1].at[:, 1].set(2.0)),
+        positions=jnp.array([[0, -1, -1], [5, 6, -1]]),
     )
-    repeated = repeat_rows(cache, 3)
-    assert repeated.keys.shape == repeated.values.shape == (2, 6, 3, 1, 4)
-    assert repeated.keys[1, :, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
-    assert repeated.positions[:, 0].tolist() == [0, 0, 0, 5, 5, 5]
-    assert repeated.length.shape == ()
+    taken = take_rows(cache, jnp.array([1, 0, 1, 1]))
+    assert [x.shape for x in taken.keys] == [(1, 4, 1, 3, 4), (2, 4, 1, 3, 4)]
+    assert taken.keys[1][1, :, 0, 0, 0].tolist() == [2, 0, 2, 2]
+    assert taken.positions[:, 0].tolist() == [5, 0, 5, 5]
+    assert taken.length.shape == ()
+
+
+@pytest.mark.parametrize("columns", [2, 3, 6])
+def test_moved_cache_keeps_the_columns_from_the_first_on(columns):
+    slots = 4
+    cache = init_cache((2,), 3, slots, 1, 2, jnp.float32)
+    column = jnp.broadcast_to(jnp.arange(slots)[None, None, None, :, None], (2, 3, 1, slots, 2))
+    positions = jnp.array([[0, 1, 2, -1], [-1, 5, 6, -1], [-1, -1, 9, -1]])
+    cache = dataclasses.replace(
+        cache,
+        keys=(column + 0.0,),
+        values=(column + 0.5,),
+        positions=positions,
+        length=jnp.array(3),
+    )
+    moved = move_rows(cache, jnp.array([2, 1]), jnp.array(1), columns)
+    assert moved.length == 2
+    assert moved.positions.tolist() == [
+        [-1, 9] + [-1] * (columns - 2),
+        [5, 6] + [-1] * (columns - 2),
+    ]
+    assert moved.keys[0].shape == (2, 2, 1, columns, 2)
+    assert moved.keys[0][0, 0, 0, :2, 0].tolist() == [1, 2]
+    assert moved.values[0][1, 1, 0, :2, 1].tolist() == [1.5, 2.5]
+
+
+def test_shared_prompts_equal_a_cache_of_each_rows_own():
+    # Two prompts, one with padding; rows 0, 2 and 3 complete the first, row 1 the second; row 4 is
+    # a free slot. Lanes are filled up with 5, "none".
+    model = WINDOWED
+    ids = np.array([TOKENS[0][:4], TOKENS[1][:4]], np.int32)
+    at = np.array([[0, 1, 2, 3], [-1, 0, 1, 2]], np.int32)
+    prompt_of, start = np.array([0, 1, 0, 0, 0]), np.array([4, 3, 4, 4, 4])
+    lanes, lane = np.array([[0, 2, 3], [1, 5, 5]]), np.array([0, 3, 1, 2, 0])
+    for wide in (model, dataclasses.replace(model, config=MODEL.config)):
+        _, prompts = wide(PARAMS, ids, positions=at, cache=wide.init_cache(2, 4))
+        _, own = wide(
+            PARAMS, ids[prompt_of], positions=at[prompt_of], cache=wide.init_cache(5, 4 + 3)
+        )
+        shared = SharedPrompts(
+            prompts.keys, prompts.values, prompts.positions, jnp.array(lanes), jnp.array(lane)
+        )
+        apart = dataclasses.replace(wide.init_cache(5, 3), prompts=shared)
+        for t in range(3):
+            tokens = TOKENS[:1, t : t + 1] + np.arange(5, dtype=np.int32)[:, None]
+            positions = np.where(np.arange(5) < 4, start + t, -1)[:, None].astype(np.int32)
+            want, own = wide(PARAMS, tokens, positions=positions, cache=own)
+            got, apart = wide(PARAMS, tokens, positions=positions, cache=apart)
+            np.testing.assert_allclose(got[:4], want[:4], rtol=0, atol=1e-5)
+            assert np.isfinite(got).all()
+
+
+def test_blocks_of_layers_equal_one_stack():
+    want = np.asarray(hidden_of(MODEL, PARAMS, TOKENS, POSITIONS))
+    split, params = MODEL.one_block_per_layer(PARAMS)
+    assert [jax.tree.leaves(block)[0].shape[0] for block in params["layers"]] == [1, 1]
+    np.testing.assert_allclose(hidden_of(split, params, TOKENS, POSITIONS), want, rtol=0, atol=1e-6)
+    assert split.one_block_per_layer(params) == (split, params)  # nothing left to do
+    cache = split.init_cache(ROWS, LENGTH)
+    for t in range(LENGTH):
+        hidden, cache = read_one(split, params, TOKENS[:, t], POSITIONS[:, t], cache)
+        np.testing.assert_allclose(hidden, want[:, t], rtol=0, atol=1e-5)
 
 
 # --- What a config changes ------------------------------------------------------------------------
@@ -384,7 +454,7 @@ def test_hidden_has_the_dtype_of_the_computation():
         lambda p, c: half(p, TOKENS, positions=POSITIONS, cache=c), PARAMS, cache
     )  # fmt: skip
     assert hidden.dtype == jnp.bfloat16
-    assert new_cache.keys.dtype == new_cache.values.dtype == jnp.bfloat16
+    assert new_cache.keys[0].dtype == new_cache.values[0].dtype == jnp.bfloat16
 
 
 # --- Initial weights ------------------------------------------------------------------------------

@@ -2,50 +2,109 @@
 
 A row's slots carry the POSITION of their token, -1 where nothing (or padding) was written. A query
 sees exactly the slots with 0 <= slot position <= its own position, so one rule covers left-padded
-prompts, right-padded completions and rows that stopped early:
+prompts, right-padded completions, rows that stopped early and rows that began late:
 
     slot       0    1    2    3 |  4    5    6         prompt bucket N = 4, then completion slots
     row 0     -1   -1    0    1 |  2    3   -1         "-1": padding on the left, a row that ended
-    on the right row 1      0    1    2    3 |  4    5    6
+    row 1      0    1    2    3 |  4    5    6
+
+While decoding, the prompts are kept apart (`SharedPrompts`), once for all rows of a group, and the
+slots hold completions only. Slot `length` is the next one of EVERY row; a row that takes the place
+of an ended one starts there, and what the old row left is hidden behind position -1:
+
+    slot       0    1    2    3    4    5    6
+    row 0      4    5    6    7    8   -1   -1         its prompt had 4 tokens
+    row 1     -1   -1   -1    6    7   -1   -1         a new row since slot 3; length = 5
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+Arrays = tuple[jax.Array, ...]  # one per block of layers, see transformer.py
+
+
+@struct.dataclass
+class SharedPrompts:
+    """Keys and values of P prompts, each read by all the rows that complete it.
+
+    `lanes` lists the rows of each prompt (the number of rows = none), `lane` is where in the
+    flattened `lanes` each row stands: queries are gathered by prompt, so that no key is copied.
+    """
+
+    keys: Arrays  # [block, P, kv_heads, N, head_dim]
+    values: Arrays  # [block, P, kv_heads, N, head_dim]
+    positions: jax.Array  # [P, N] int32, -1 = padding
+    lanes: jax.Array  # [P, L] int32
+    lane: jax.Array  # [B] int32
+
 
 @struct.dataclass
 class KVCache:
-    keys: jax.Array  # [layers, B, slots, kv_heads, head_dim]
-    values: jax.Array  # [layers, B, slots, kv_heads, head_dim]
+    keys: Arrays  # [block, B, kv_heads, slots, head_dim]
+    values: Arrays  # [block, B, kv_heads, slots, head_dim]
     positions: jax.Array  # [B, slots] int32, -1 = empty
     length: jax.Array  # [] int32, slots written so far = the next slot to write
+    prompts: SharedPrompts | None = None
 
 
-def init_cache(num_layers, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:
-    """Returns an empty cache; made inside the jitted program, it costs no donated copy."""
-    shape = (num_layers, batch, slots, num_kv_heads, head_dim)
+def init_cache(blocks, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:
+    """Returns an empty cache; made inside the jitted program, it costs no donated copy.
+
+    Args:
+      blocks: layers in each block of the model's weights.
+    """
+    shape = (batch, num_kv_heads, slots, head_dim)
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=tuple(jnp.zeros((layers, *shape), dtype) for layers in blocks),
+        values=tuple(jnp.zeros((layers, *shape), dtype) for layers in blocks),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
 
 
-def repeat_rows(cache, repeats: int):
-    """Returns the cache with every row repeated `repeats` times in place (row-major by prompt).
+def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> KVCache:
+    """Returns the cache of some rows with another number of slots, of which slot 0 was `first`.
 
-    Works on any cache whose arrays carry the batch on axis 1 (rank 5, as here), on axis 0 (rank 1
-    to 4), or not at all (scalars), so a user's own model can bring its own cache.
+    Args:
+      rows: [B'] int32.
+      first: [] int32; older slots are dropped (no row may need them).
+      slots: more or fewer than now; cache.length - first of them are taken.
     """
 
-    def repeat(x):
-        if x.ndim == 0:
-            return x
-        return jnp.repeat(x, repeats, axis=1 if x.ndim == 5 else 0)
+    def move(x, axis, fill):  # the batch axis is `axis`, the slots' is behind it or two behind
+        slot_axis = axis + 1 if x.ndim == 2 else axis + 2
+        x = jnp.take(x, rows, axis=axis)
+        x = jnp.roll(x, -first, axis=slot_axis)
+        have = x.shape[slot_axis]
+        if slots <= have:
+            return jax.lax.slice_in_dim(x, 0, slots, axis=slot_axis)
+        padding = [(0, slots - have if i == slot_axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, padding, constant_values=fill)
 
-    return jax.tree.map(repeat, cache)
+    length = cache.length - first
+    positions = move(cache.positions, 0, -1)
+    positions = jnp.where(jnp.arange(slots)[None, :] < length, positions, -1)
+    return dataclasses.replace(
+        cache,
+        keys=tuple(move(x, 1, 0) for x in cache.keys),
+        values=tuple(move(x, 1, 0) for x in cache.values),
+        positions=positions,
+        length=length,
+    )
+
+
+def take_rows(cache, rows: jax.Array):
+    """Returns some rows of any cache whose arrays carry the batch on axis 1 (rank 5), on axis 0
+    (rank 1 to 4), or not at all (scalars), so that a user's own model can bring its own cache.
+    """
+
+    def take(x):
+        return x if x.ndim == 0 else jnp.take(x, rows, axis=1 if x.ndim == 5 else 0)
+
+    return jax.tree.map(take, cache)
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:

@@ -15,13 +15,15 @@ The object itself must be hashable: it is a static argument of jit.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from scope_jax.models.kv_cache import KVCache, init_cache
+from scope_jax.models.attention import attend, attend_segment, merge_segments
+from scope_jax.models.kv_cache import KVCache, SharedPrompts, init_cache
 
 Params = dict[str, Any]
 
@@ -132,19 +134,33 @@ class Transformer:
     """A decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP."""
 
     config: TransformerConfig
+    blocks: tuple[int, ...] = ()  # layers in each block of weights; () = all in one
 
     def init(self, key: jax.Array, dtype=jnp.float32) -> Params:
         return init_params(declare(self.config), key, dtype)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         c = self.config
-        return init_cache(
-            c.num_layers, batch, slots, c.num_kv_heads, c.head_dim, jnp.dtype(c.dtype)
-        )
+        blocks = self.blocks or (c.num_layers,)
+        return init_cache(blocks, batch, slots, c.num_kv_heads, c.head_dim, jnp.dtype(c.dtype))
 
     def unembed(self, params: Params) -> jax.Array:
         """Returns [D, V]."""
-        return params["embed"].T if self.config.tie_embeddings else params["unembed"]
+        tied = self.config.tie_embeddings and not self.blocks
+        return params["embed"].T if tied else params["unembed"]
+
+    def one_block_per_layer(self, params: Params) -> tuple["Transformer", Params]:
+        """Returns the same model with every layer's weights, and the unembedding, in an own array.
+
+        For decoding on a CPU: there a scan over stacked weights copies each layer's before it
+        multiplies with them, and a transposed matrix is packed anew for every product.
+        """
+        count = self.config.num_layers
+        if self.blocks == (1,) * count:
+            return self, params
+        (stacked,) = blocks_of(params["layers"])
+        split = _split_layers(params, stacked, self.unembed(params), count)
+        return dataclasses.replace(self, blocks=(1,) * count), split
 
     def __call__(
         self,
@@ -178,25 +194,53 @@ class Transformer:
             mask &= key_positions[:, None, :] > positions[:, :, None] - c.sliding_window
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
-        def layer(carry, weights_and_index):
+        shared = None if cache is None else cache.prompts
+        prompt_mask = None if shared is None else self._prompt_mask(shared, positions)
+
+        def layer(carry, scanned):
             x, keys, values = carry
-            weights, index = weights_and_index
-            x, keys, values = self._layer(weights, index, x, keys, values, cache, mask, angles)
+            weights, index, prompt_kv = scanned
+            prompt = None if shared is None else (*prompt_kv, prompt_mask, shared)
+            x, keys, values = self._layer(
+                weights, index, x, keys, values, cache, mask, angles, prompt
+            )
             return (x, keys, values), None
 
         if c.remat:
             layer = jax.checkpoint(layer)
         x = params["embed"][tokens].astype(dtype)
-        carry: Any = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-        (x, keys, values), _ = jax.lax.scan(
-            layer, carry, (params["layers"], jnp.arange(c.num_layers))
-        )
+        blocks = blocks_of(params["layers"])
+        empty = (None,) * len(blocks)
+        keys, values = (empty, empty) if cache is None else (cache.keys, cache.values)
+        prompt_kv = empty if shared is None else zip(shared.keys, shared.values, strict=True)
+        read = []
+        for block, block_keys, block_values, kv in zip(
+            blocks, keys, values, prompt_kv, strict=True
+        ):
+            count = jax.tree.leaves(block)[0].shape[0]
+            (x, *block_cache), _ = jax.lax.scan(
+                layer, (x, block_keys, block_values), (block, jnp.arange(count), kv),
+                unroll=count == 1,
+            )  # fmt: skip
+            read.append(block_cache)
         if cache is not None:
+            keys, values = zip(*read, strict=True)
             length = cache.length + tokens.shape[1]
-            cache = KVCache(keys=keys, values=values, positions=key_positions, length=length)
+            cache = dataclasses.replace(
+                cache, keys=keys, values=values, positions=key_positions, length=length
+            )
         return rms_norm(x, params["final_norm"], c.rms_norm_eps), cache
 
-    def _layer(self, w, index, x, keys, values, cache, mask, angles):
+    def _prompt_mask(self, shared: SharedPrompts, positions) -> jax.Array:
+        """Returns [P, L, N] bool: which prompt tokens the row in each of a prompt's lanes sees."""
+        key_positions = shared.positions[:, None, :]
+        mask = jnp.broadcast_to(key_positions >= 0, (*shared.lanes.shape, key_positions.shape[-1]))
+        if self.config.sliding_window is not None:
+            reader = jnp.take(positions[:, 0], shared.lanes, axis=0, mode="clip")
+            mask &= key_positions > reader[:, :, None] - self.config.sliding_window
+        return mask
+
+    def _layer(self, w, index, x, keys, values, cache, mask, angles, prompt=None):
         c, dtype = self.config, x.dtype
 
         def project(name, inputs):  # [B, L, D] -> [B, L, heads, head_dim]
@@ -207,16 +251,52 @@ class Transformer:
         normed = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
         q, k = rotate(project("q", normed), angles), rotate(project("k", normed), angles)
         v = project("v", normed)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, L, head_dim]
         if cache is not None:
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, cache.length, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, cache.length, 0, 0))
+            keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, 0, cache.length, 0))
+            values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, 0, cache.length, 0))
             k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-        x = x + jnp.einsum("blhk,hkd->bld", attend(q, k, v, mask), w["o"].astype(dtype))
+        if prompt is None:
+            attended = attend(q, k, v, mask)
+        else:
+            as_loops = bool(self.blocks)  # decoding on a CPU, see one_block_per_layer
+            own = attend_segment(q, k, v, mask, as_loops=as_loops)
+            prompts = attend_prompts(q, *prompt, as_loops=as_loops)
+            attended = merge_segments(own, prompts).astype(dtype)
+        x = x + jnp.einsum("blhk,hkd->bld", attended, w["o"].astype(dtype))
         normed = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
         gate = jax.nn.silu(jnp.einsum("bld,df->blf", normed, w["gate"].astype(dtype)))
         up = jnp.einsum("bld,df->blf", normed, w["up"].astype(dtype))
         return x + jnp.einsum("blf,fd->bld", gate * up, w["down"].astype(dtype)), keys, values
+
+
+def blocks_of(layers) -> tuple[Params, ...]:
+    """Returns the blocks of consecutive layers: weights are one stacked block, or a tuple of them
+    (each scanned by itself: one per layer, or one that is trained and one that is not).
+    """
+    return (layers,) if isinstance(layers, dict) else tuple(layers)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _split_layers(params: Params, stacked: Params, unembed: jax.Array, count: int) -> Params:
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], stacked) for i in range(count))
+    return {**params, "layers": layers, "unembed": unembed}
+
+
+def attend_prompts(
+    q, keys, values, mask, shared: SharedPrompts, *, as_loops: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of every row's one query over its prompt, as `attend_segment` returns it.
+
+    Args:
+      q: [B, 1, heads, head_dim].
+      keys, values: [P, kv_heads, N, head_dim] of one layer; mask: [P, L, N].
+    """
+    by_prompt = jnp.take(q[:, 0], shared.lanes, axis=0, mode="clip")  # [P, L, heads, head_dim]
+    out, lse = attend_segment(by_prompt, keys, values, mask, as_loops=as_loops)
+    by_row = lambda x: jnp.take(x.reshape(-1, *x.shape[2:]), shared.lane, axis=0)[:, None]  # noqa: E731
+    return by_row(out), by_row(lse)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -261,24 +341,3 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention.
-
-    Args:
-      q: [B, L, heads, head_dim].
-      k, v: [B, slots, kv_heads, head_dim]; query head h reads kv head h // (heads / kv_heads).
-      mask: [B, L, slots] bool; a query that sees nothing (padding) gets a finite value that nobody
-        reads.
-    Returns:
-      [B, L, heads, head_dim].
-    """
-    batch, length, heads, head_dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-    scores = (
-        jnp.einsum("blngk,bsnk->bngls", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    )
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    out = jnp.einsum("bngls,bsnk->blngk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return out.reshape(batch, length, heads, head_dim)
