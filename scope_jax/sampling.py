@@ -20,7 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.models import decoding
 from scope_jax.models.decoding import program
@@ -236,6 +236,7 @@ def _roll_out(
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
         model, params = model.one_block_per_layer(params)
     place = _batch_sharding(ids)
+    put = functools.partial(_replicate, place=place)
     if slots % _batch_shards(ids):
         raise InputError(
             f"slots={slots} does not divide over the {_batch_shards(ids)} batch shards of the mesh"
@@ -244,13 +245,23 @@ def _roll_out(
     rolling = isinstance(contexts.cache, KVCache)  # other caches can neither grow nor be refilled
     waiting, occupant = np.flatnonzero(budgets > 0), np.full(slots, -1)  # numbers of rows
     sizes = slot_buckets(slots, _batch_shards(ids)) if rolling else [slots]
-    widths = column_buckets(length, refilled=slots < len(waiting)) if rolling else [0]
-    of_rows = (decoding.row_keys(key, row_ids), jax.device_put(budgets))
+    widths = column_buckets(length, refilled=slots < len(budgets)) if rolling else [0]
+    of_rows = (decoding.row_keys(key, row_ids), put(budgets))
     state = decoding.start(
         model, contexts, of_rows[0], slots=slots, columns=widths[0], rows=len(budgets),
         length=length, pad_id=pad_id, place=place,
     )  # fmt: skip
-    settings, prompts = {"impl": jax.random.key_impl(key), **static, **drawing}, None
+    settings, prompts = (
+        {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
+        None,
+    )
+    move = functools.partial(decoding.move, place=place)
+    finish = functools.partial(decoding.finish, pad_id=pad_id)
+    if rolling:
+        state = _warm_up(
+            model, params, state, contexts, of_rows, group_size, sizes, widths,
+            slots < len(budgets), move, finish, put, settings,
+        )  # fmt: skip
     while True:
         free = np.flatnonzero(occupant < 0)
         if len(waiting) and len(free) and (rolling or len(free) == slots):
@@ -258,40 +269,95 @@ def _roll_out(
             new[free[: len(waiting)]], waiting = waiting[: len(free)], waiting[len(free) :]
             occupant = np.where(new < 0, occupant, new)
             prompt_at = np.maximum(occupant, 0) // group_size
-            where, prompts = jax.device_put((new, prompt_at)), None
+            where, prompts = put((new, prompt_at)), None
             state = decoding.admit(model, params, state, contexts, *of_rows, *where, **settings)
         live, count, filled = jax.device_get((state.live, state.count, state.filled))
         occupant = np.where(live, occupant, -1)
         if not live.any() and not len(waiting):
-            return decoding.finish(state, pad_id=pad_id)
+            return finish(state)
         floor = 0
         if rolling and live.any():
             used = int(count[live].max()) - 1  # columns that the oldest live row fills
-            size, width = len(occupant), state.cache.positions.shape[1]
-            shape = _next_shape(
-                live.sum(), used, (size, width), sizes, widths,
-                full=filled == width, waiting=len(waiting) > 0,
-            )  # fmt: skip
-            if shape != (size, width) or filled == width:
+            while True:
+                now = (len(occupant), state.cache.positions.shape[1])
+                smaller, wider = _moves(now, used, sizes, widths)
+                if smaller and not len(waiting) and live.sum() <= smaller:
+                    shape = (smaller, now[1])
+                elif filled == now[1]:
+                    shape = (now[0], wider)
+                else:
+                    break
                 keep = np.argsort(~live, kind="stable")[: shape[0]]  # live ones first
-                where = jax.device_put((keep, np.int32(filled - used)))
-                state, prompts = decoding.move(state, *where, columns=shape[1], place=place), None
-                occupant, size = occupant[keep], shape[0]
+                where = put((keep, np.int32(filled - used)))
+                state, prompts = move(state, *where, columns=shape[1]), None
+                occupant, live, filled = occupant[keep], live[keep], used
             if prompts is None:
-                prompts = _share(contexts.cache, occupant, group_size)
-            smaller = max((s for s in sizes if s < size), default=0)
-            floor = size - max(1, size // 8) if len(waiting) else smaller
-        floor = jax.device_put(np.int32(floor))
+                prompts = _share(contexts.cache, occupant, group_size, put)
+            floor = now[0] - max(1, now[0] // 8) if len(waiting) else smaller
+        floor = put(np.int32(floor))
         state = decoding.segment(model, params, state, prompts, floor, **settings)
 
 
-def _next_shape(live, used, now, sizes, widths, *, full, waiting) -> tuple[int, int]:
-    """Returns the (slots, cache columns) of the next segment; `now` unless there is a reason."""
-    size = now[0] if waiting else min(s for s in sizes if s >= live)
-    if size == now[0] and not full:
-        return now
+def _moves(now, used: int, sizes, widths) -> tuple[int, int]:
+    """Returns (the next smaller number of slots, 0 = none; the columns to move to when all are
+    filled) from `now` = (slots, columns), of which the oldest live row needs `used`.
+    """
+    smaller = max((size for size in sizes if size < now[0]), default=0)
     # A quarter of room at least: rows that end and begin must not move the cache at every step.
-    return size, next((w for w in widths if w > used + used // 4), widths[-1])
+    return smaller, next((w for w in widths if w > used + used // 4), widths[-1])
+
+
+_COMPILED: set = set()  # what `_warm_up` has seen, beside jit's own caches
+
+
+def _warm_up(
+    model,
+    params,
+    state,
+    contexts,
+    of_rows,
+    group_size,
+    sizes,
+    widths,
+    refilled,
+    move,
+    finish,
+    put,
+    settings,
+) -> decoding.Decoding:
+    """Compiles every program that this call and later ones of its shapes can need.
+
+    Which of them a call runs depends on where its rows end: without this a training step long after
+    the first could stop to compile. Nothing is decoded, for no row is live; `state` is returned.
+    """
+    options = tuple((k, v) for k, v in settings.items() if not isinstance(v, jax.Array))
+    shapes = tuple((x.shape, str(x.dtype)) for x in (contexts.hidden, state.ids, *of_rows))
+    shapes += (contexts.cache.positions.shape, tuple(sorted(settings)), state.ids.sharding)
+    key = (model, options, shapes, group_size, *sizes, *widths)
+    if key in _COMPILED:
+        return state
+    _COMPILED.add(key)
+    nobody = put((np.full(sizes[0], -1), np.zeros(sizes[0], int)))
+    state = decoding.admit(model, params, state, contexts, *of_rows, *nobody, **settings)
+    zero, seen, waiting = put(np.int32(0)), set(), [state]
+    while waiting:
+        at = waiting.pop()
+        shape = size, width = len(at.row), at.cache.positions.shape[1]
+        if shape in seen:
+            continue
+        seen.add(shape)
+        place = widths.index(width)
+        wider = widths[0 if refilled else place + 1 : place + 2]
+        targets = [(size, columns) for columns in wider]
+        targets += [(smaller, width) for smaller in sizes if smaller < size][:1]
+        for slots, columns in targets:
+            keep = put(np.arange(slots))
+            waiting.append(move(at, keep, zero, columns=columns))
+        prompts = _share(contexts.cache, np.full(size, -1), group_size, put)
+        at = decoding.segment(model, params, at, prompts, zero, **settings)
+        finish(at)  # once for each: states of several histories may differ in their layout
+        state = at if shape == (sizes[0], widths[0]) else state
+    return state
 
 
 def slot_buckets(slots: int, shards: int = 1) -> list[int]:
@@ -322,7 +388,7 @@ def column_buckets(length: int, *, refilled: bool) -> list[int]:
     return [first << i for i in range(BUCKETS) if first << i < last] + [last]
 
 
-def _share(cache: KVCache, occupant, group_size: int) -> SharedPrompts:
+def _share(cache: KVCache, occupant, group_size: int, put) -> SharedPrompts:
     """Returns the prompts of the rows in flight, with a lane for each of them.
 
     With no more slots than prompts, a copy per slot takes no more memory than all prompts do, and
@@ -332,7 +398,7 @@ def _share(cache: KVCache, occupant, group_size: int) -> SharedPrompts:
     prompt_at = np.maximum(occupant, 0) // group_size
     if slots <= prompts:
         lane = np.arange(slots)
-        where, lanes, lane = jax.device_put((prompt_at, lane[:, None], lane))
+        where, lanes, lane = put((prompt_at, lane[:, None], lane))
         cache = decoding.take(cache, where)
     else:
         lanes = np.full((prompts, min(group_size, slots)), slots)
@@ -342,7 +408,7 @@ def _share(cache: KVCache, occupant, group_size: int) -> SharedPrompts:
             lanes[prompt, taken[prompt]] = slot
             lane[slot] = prompt * lanes.shape[1] + taken[prompt]
             taken[prompt] += 1
-        lanes, lane = jax.device_put((lanes, lane))
+        lanes, lane = put((lanes, lane))
     return SharedPrompts(cache.keys, cache.values, cache.positions, lanes, lane)
 
 
@@ -368,6 +434,14 @@ def _batch_shards(ids) -> int:
     """Returns over how many devices the rows of an array are split."""
     sharding = getattr(ids, "sharding", None)
     return ids.shape[0] // sharding.shard_shape(ids.shape)[0] if sharding is not None else 1
+
+
+def _replicate(tree, place: NamedSharding | None):
+    """Copies host arrays to the device, or to all of the mesh: left on one device they would be
+    sliced and sent on by programs of their own.
+    """
+    everywhere = None if place is None else NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(tree, everywhere)
 
 
 def _batch_sharding(ids) -> NamedSharding | None:

@@ -254,7 +254,8 @@ def test_reordered_rows_keep_their_samples(params, sampled):
         params, prompt_ids=PROMPT_IDS[order], prompt_mask=PROMPT_MASK[order], row_ids=rows
     )
     np.testing.assert_array_equal(moved.completion_ids, sampled.completion_ids[rows])
-    np.testing.assert_allclose(moved.logps, sampled.logps[rows], rtol=0, atol=1e-6)
+    # Not to the bit: Eigen rounds a product's last rows in another order than its first ones.
+    np.testing.assert_allclose(moved.logps, sampled.logps[rows], rtol=0, atol=1e-5)
 
 
 def test_subset_of_rows_keeps_its_samples():

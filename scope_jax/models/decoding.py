@@ -121,7 +121,8 @@ def take(cache, rows):
 def _placed(state: Decoding, place: NamedSharding | None) -> Decoding:
     """Keeps slots and rows split over the mesh as the prompts are.
 
-    Left to itself XLA replicates what begins as zeros, and every device would decode every row.
+    Left to itself XLA replicates what begins as zeros, and every device would decode every row;
+    and programs that left a state in different places would have the next ones compiled again.
     """
     if place is None:
         return state
@@ -167,11 +168,11 @@ def row_keys(key, row_ids):
     return jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row)))(row_ids)
 
 
-_SETTINGS = ("model", "impl", "eos_ids", "greedy", "top_k")
+_SETTINGS = ("model", "place", "impl", "eos_ids", "greedy", "top_k")
 
 
 @program(static=_SETTINGS, donate=("state",))
-def admit(model, params, state, contexts, row_keys, budgets, new, prompt_at, **settings):
+def admit(model, params, state, contexts, row_keys, budgets, new, prompt_at, *, place, **settings):
     """Puts rows into free slots and draws their first token.
 
     Args:
@@ -196,11 +197,12 @@ def admit(model, params, state, contexts, row_keys, budgets, new, prompt_at, **s
         count=jnp.where(enters, 0, state.count),
     )
     unembed = model.unembed(params)
-    return _draw_next(state, contexts.hidden[prompt_at], enters, unembed, **settings)
+    state = _draw_next(state, contexts.hidden[prompt_at], enters, unembed, **settings)
+    return _placed(state, place)
 
 
 @program(static=_SETTINGS, donate=("state",))
-def segment(model, params, state, prompts, floor, **settings) -> Decoding:
+def segment(model, params, state, prompts, floor, *, place, **settings) -> Decoding:
     """Decodes until at most `floor` rows are live, or the cache is full."""
     unembed = model.unembed(params)
 
@@ -220,7 +222,7 @@ def segment(model, params, state, prompts, floor, **settings) -> Decoding:
         room = True if prompts is None else state.filled < state.cache.positions.shape[1]
         return (state.live.sum() > floor) & room
 
-    return jax.lax.while_loop(goes_on, step, state)
+    return _placed(jax.lax.while_loop(goes_on, step, state), place)
 
 
 def _draw_next(state, hidden, draws, unembed, *, impl, eos_ids, temperature, **drawing):
