@@ -211,21 +211,9 @@ def _options(
 
 
 def _roll_out(
-    model,
-    params,
-    ids,
-    mask,
-    key,
-    *,
-    group_size,
-    budgets,
-    row_ids,
-    length,
-    slots,
-    pad_id,
-    drawing,
+    model, params, ids, mask, key, *, group_size, budgets, row_ids, length, slots, pad_id, drawing,
     **static,
-) -> dict[str, jax.Array]:
+) -> dict[str, jax.Array]:  # fmt: skip
     """Completes every context `group_size` times; returns the fields of Rollouts but its prompts.
 
     Args:
@@ -311,20 +299,9 @@ _COMPILED: set = set()  # what `_warm_up` has seen, beside jit's own caches
 
 
 def _warm_up(
-    model,
-    params,
-    state,
-    contexts,
-    of_rows,
-    group_size,
-    sizes,
-    widths,
-    refilled,
-    move,
-    finish,
-    put,
+    model, params, state, contexts, of_rows, group_size, sizes, widths, refilled, move, finish, put,
     settings,
-) -> decoding.Decoding:
+) -> decoding.Decoding:  # fmt: skip
     """Compiles every program that this call and later ones of its shapes can need.
 
     Which of them a call runs depends on where its rows end: without this a training step long after
