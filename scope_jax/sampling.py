@@ -72,7 +72,7 @@ def generate(
       buffer_length: T of the result (default: the largest budget). Set it where budgets vary from
         call to call.
       slots: rows decoded at a time (0 = all): the others wait for a free one. It bounds the memory
-        of keys and values, whatever P * G is, and changes no row's tokens.
+        of the completions' keys and values (the prompts' are all held) and changes no row's tokens.
     Returns:
       Rollouts of B rows.
     Raises:
