@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from scope_jax import sampling
+from scope_jax.models import decoding
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
 from scope_jax.records import PAD, POLICY, InputError, Rollouts
@@ -403,9 +404,10 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("slots", [0, 1, 2, 5, 8])
-@pytest.mark.parametrize("name", ["sampled", "truncated"])
-def test_slots_and_buckets_change_no_row(slots, name, params, request):
+@pytest.mark.parametrize(
+    ("name", "slots"), [*[("sampled", slots) for slots in (0, 1, 2, 5, 8)], ("truncated", 8)]
+)
+def test_slots_and_buckets_change_no_row(name, slots, params, request):
     whole, options = request.getfixturevalue(name), TRUNCATION if name == "truncated" else {}
     parts = sample(params, slots=slots, **options)
     np.testing.assert_array_equal(parts.completion_ids, whole.completion_ids)
@@ -444,6 +446,32 @@ def test_continuations_change_with_neither_slots_nor_buckets(slots, params, samp
     np.testing.assert_allclose(parts.logps, whole.logps, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("slots", [0, 4])
+def test_short_contexts_are_read_in_narrow_forwards(slots, params, sampled, monkeypatch):
+    lengths = np.array([0, 0, 3, 0, 1, 3, 2, 0, 0, 1, 0, 4])
+    ended = sampled.finished & (lengths >= sampled.completion_mask.sum(-1))
+    budgets = np.where(ended, 0, 4).astype(np.int32)
+    whole = resume(params, sampled, lengths, max_new_tokens=budgets)
+    monkeypatch.setattr(sampling, "FEWEST_COLUMNS", 2)
+    read, prefill = [], decoding.prefill
+
+    def recorded(*arguments, width, **options):
+        rows, places = jax.device_get(arguments[-2:])
+        read.append((width, rows[places < (slots or ROWS)]))  # the others fill the batch
+        return prefill(*arguments, width=width, **options)
+
+    monkeypatch.setattr(decoding, "prefill", recorded)
+    parts = resume(params, sampled, lengths, max_new_tokens=budgets, slots=slots)
+    np.testing.assert_array_equal(parts.completion_ids, whole.completion_ids)
+    np.testing.assert_allclose(parts.logps, whole.logps, rtol=0, atol=1e-5)
+    total = PROMPT_MASK.sum(-1).repeat(GROUP) + lengths
+    assert sorted(np.concatenate([rows for _, rows in read])) == np.flatnonzero(budgets).tolist()
+    assert all(width >= total[rows].max(initial=0) for width, rows in read)
+    widths = {width for width, rows in read if len(rows)}
+    assert len(widths) >= 2 and widths <= set(sampling.context_buckets(9))
+
+
 @pytest.mark.parametrize("slots", [0, 8])
 def test_mesh_changes_no_row_and_splits_them(slots, params, sampled):
     mesh = make_mesh(data=2, fsdp=2, model=2)
@@ -462,7 +490,7 @@ def test_mesh_changes_no_row_and_splits_them(slots, params, sampled):
 
 @pytest.mark.usefixtures("tiny")
 def test_programs_are_few_and_compiled_once(params):
-    """8 keys, whose rows end at other times each: at most BUCKETS**2 programs decode them all."""
+    """8 keys, whose rows end at other times each: a triangle of programs decodes them all."""
     options = {"slots": 8, "max_new_tokens": 16}
     traced = set()
 
@@ -480,7 +508,7 @@ def test_programs_are_few_and_compiled_once(params):
             Counted(CONFIG), params, PROMPT_IDS, PROMPT_MASK, jax.random.key(key), **fixed,
             **options,
         )  # fmt: skip
-    assert 3 <= len(traced) <= sampling.BUCKETS**2
+    assert 3 <= len(traced) <= sampling.BUCKETS * (sampling.BUCKETS + 1) // 2
 
 
 # --- continue_from --------------------------------------------------------------------------------

@@ -90,8 +90,45 @@ def program(static=(), donate=()):
     return decorate
 
 
-@program(static=("model", "length"))
-def prefill(model, params, ids, mask, *, length) -> Contexts:
+@program(static=("model", "places", "length", "place"))
+def no_contexts(model, params, ids, mask, *, places, length, place) -> Contexts:
+    """Returns room for `places` contexts."""
+    read = functools.partial(_read, model, length=length)
+    like = jax.eval_shape(lambda: read(params, ids[:places], mask[:places]))
+    return _placed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), place)
+
+
+@program(static=("model", "width", "length", "place"), donate=("contexts",))
+def prefill(model, params, contexts, ids, mask, rows, places, *, width, length, place) -> Contexts:
+    """Reads some contexts, each in the last `width` columns of its row, and puts them into places.
+
+    Args:
+      contexts: C places. ids, mask: [P, M].
+      rows: [R] int32; places: [R] int32, C = read for nothing (to fill the batch).
+      length: room for new tokens, in caches other than ours.
+    """
+    chunk = _read(model, params, ids[rows, -width:], mask[rows, -width:], length=length)
+    if isinstance(chunk.cache, KVCache):  # empty columns in front, as the rows are LEFT-padded
+        left = ids.shape[1] - width
+        front = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(left, 0), (0, 0)])  # noqa: E731
+        cache = dataclasses.replace(
+            chunk.cache,
+            keys=tuple(front(x) for x in chunk.cache.keys),
+            values=tuple(front(x) for x in chunk.cache.values),
+            positions=jnp.pad(chunk.cache.positions, ((0, 0), (left, 0)), constant_values=-1),
+        )
+        chunk = chunk._replace(cache=cache)
+
+    def put(held, new):
+        if held.ndim == 0:
+            return new
+        axis = 1 if held.ndim == 5 else 0  # of the rows, as in take_rows
+        return held.at[(slice(None),) * axis + (places,)].set(new, mode="drop")
+
+    return _placed(jax.tree.map(put, contexts, chunk), place)
+
+
+def _read(model, params, ids, mask, *, length) -> Contexts:
     rows, width = ids.shape
     columns = width if isinstance(model, Transformer) else width + length
     positions = positions_from_mask(mask)
@@ -100,26 +137,13 @@ def prefill(model, params, ids, mask, *, length) -> Contexts:
     return Contexts(hidden[:, -1], positions[:, -1] + 1, cache)
 
 
-@program(static=("size",))
-def rows_from(ids, mask, first, *, size):
-    return tuple(jax.lax.dynamic_slice_in_dim(x, first, size) for x in (ids, mask))
-
-
-@program()
-def join(chunks: list[Contexts]) -> Contexts:
-    def join(*parts):
-        return parts[0] if parts[0].ndim == 0 else jnp.concatenate(parts, parts[0].ndim == 5)
-
-    return jax.tree.map(join, *chunks)
-
-
 @program()
 def take(cache, rows):
     return take_rows(cache, rows)
 
 
-def _placed(state: Decoding, place: NamedSharding | None) -> Decoding:
-    """Keeps slots and rows split over the mesh as the prompts are.
+def _placed(state, place: NamedSharding | None):
+    """Keeps slots, rows and contexts split over the mesh as the prompts are.
 
     Left to itself XLA replicates what begins as zeros, and every device would decode every row;
     and programs that left a state in different places would have the next ones compiled again.
@@ -259,14 +283,20 @@ def move(state, keep, first, *, columns, place) -> Decoding:
     return _placed(moved, place)
 
 
+def finish(state: Decoding, *, pad_id: int) -> dict[str, jax.Array]:
+    """Returns the fields of Rollouts that were sampled."""
+    rows = (state.ids, state.length, state.logps, state.sampling_logps, state.finished)
+    return _finish(*rows, pad_id=pad_id)  # without the cache: one program for all of its sizes
+
+
 @program(static=("pad_id",))
-def finish(state, *, pad_id) -> dict[str, jax.Array]:
-    mask = jnp.arange(state.ids.shape[1])[None, :] < state.length[:, None]
+def _finish(ids, length, logps, sampling_logps, finished, *, pad_id):
+    mask = jnp.arange(ids.shape[1])[None, :] < length[:, None]
     return {
-        "completion_ids": jnp.where(mask, state.ids, pad_id),
+        "completion_ids": jnp.where(mask, ids, pad_id),
         "completion_mask": mask,
         "token_source": jnp.where(mask, POLICY, PAD).astype(jnp.int8),
-        "logps": state.logps,
-        "sampling_logps": state.sampling_logps,
-        "finished": state.finished,
+        "logps": logps,
+        "sampling_logps": sampling_logps,
+        "finished": finished,
     }
