@@ -15,6 +15,7 @@ A row's randomness is fold_in(fold_in(key, row id), column): its tokens depend o
 neighbours nor slots, segments or buckets.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -25,8 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scope_jax.models import decoding
 from scope_jax.models.decoding import program
 from scope_jax.models.kv_cache import KVCache, SharedPrompts
-from scope_jax.models.transformer import Transformer
+from scope_jax.models.transformer import Transformer, declare
 from scope_jax.records import InputError, Rollouts
+from scope_jax.sharding import DECODING, Rules, shardings, spec
 
 FEWEST_SLOTS = 4  # below it a step costs the same
 FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
@@ -156,6 +158,54 @@ def continue_from(
     return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
+def decoding_layout(model, params, mesh=None, rules: Rules = DECODING):
+    """Returns (model, params) as decoding wants them, for `generate` and `continue_from`.
+
+    To be called once for weights that are sampled from, a training step's say. The weights are
+    resharded (gathered from `fsdp` once, where the decode loop would gather them for every token),
+    cast to the dtype of the computation, and on a CPU cut into an array per layer. No sampled token
+    depends on it. `params` stay as they are; what is returned is a copy unless nothing had to
+    change, and its memory is free again when the caller lets go of it: do so before an update.
+
+    Args:
+      model, params: another model than `Transformer` is returned as it is.
+      mesh: the params'; None or a single device: only the dtype and the cut.
+      rules: see sharding.py.
+    """
+    if not isinstance(model, Transformer) or model.blocks:
+        return model, params
+    split = jax.default_backend() == "cpu"
+    where = shardings(declare(model.config), mesh, rules) if mesh and mesh.size > 1 else None
+    dtype = np.dtype(model.config.dtype)
+    as_is = jax.tree.map(lambda x: x.dtype == dtype, params)
+    if where is not None:
+        as_is = jax.tree.map(
+            lambda x, s, same: same and x.sharding.is_equivalent_to(s, x.ndim), params, where, as_is
+        )
+    if not split and all(jax.tree.leaves(as_is)):
+        return model, params
+    params = _layout_program(model, mesh if where else None, rules, split)(params)
+    blocks = (1,) * model.config.num_layers if split else ()
+    return dataclasses.replace(model, blocks=blocks), params
+
+
+@functools.cache
+def _layout_program(model, mesh, rules, split: bool):
+    def lay_out(params):
+        params = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
+        return model.one_block_per_layer(params)[1] if split else params
+
+    if mesh is None:
+        return jax.jit(lay_out)
+    declared = declare(model.config)
+    where = shardings(declared, mesh, rules)
+    if split:  # an array per layer lies as the stack of all does
+        unembed = NamedSharding(mesh, spec(("embed", "vocab"), rules))
+        layers = (where["layers"],) * model.config.num_layers
+        where = {**where, "layers": layers, "unembed": unembed}
+    return jax.jit(lay_out, out_shardings=where)
+
+
 def _check_prompts(prompt_ids, prompt_mask) -> None:
     if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
         raise InputError(
@@ -222,68 +272,90 @@ def _roll_out(
       drawing, static: `draw`'s arrays; its static options and eos_ids.
     """
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
-        model, params = model.one_block_per_layer(params)
+        model, params = model.one_block_per_layer(params)  # unless `decoding_layout` has done it
     place = _batch_sharding(ids)
-    put = functools.partial(_replicate, place=place)
-    if slots % _batch_shards(ids):
+    put, shards = functools.partial(_replicate, place=place), _batch_shards(ids)
+    if slots % shards:
         raise InputError(
-            f"slots={slots} does not divide over the {_batch_shards(ids)} batch shards of the mesh"
+            f"slots={slots} does not divide over the {shards} batch shards of the mesh"
         )
     contexts = _prefill_all(model, params, ids, mask, length)
     rolling = isinstance(contexts.cache, KVCache)  # other caches can neither grow nor be refilled
-    waiting, occupant = np.flatnonzero(budgets > 0), np.full(slots, -1)  # numbers of rows
-    sizes = slot_buckets(slots, _batch_shards(ids)) if rolling else [slots]
+    # A batch shard of the mesh decodes the rows of its own prompts: no keys go to another device.
+    waiting = [part[budgets[part] > 0] for part in np.split(np.arange(len(budgets)), shards)]
+    occupant = np.full((shards, slots // shards), -1)  # numbers of rows, as in `waiting`
+    sizes = slot_buckets(slots, shards) if rolling else [slots]
     widths = column_buckets(length, refilled=slots < len(budgets)) if rolling else [0]
     of_rows = (decoding.row_keys(key, row_ids), put(budgets))
     state = decoding.start(
         model, contexts, of_rows[0], slots=slots, columns=widths[0], rows=len(budgets),
         length=length, pad_id=pad_id, place=place,
     )  # fmt: skip
-    settings, prompts = (
-        {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
-        None,
-    )
+    settings = {"impl": jax.random.key_impl(key), "place": place, **static, **drawing}
+    prompts = None
     move = functools.partial(decoding.move, place=place)
     finish = functools.partial(decoding.finish, pad_id=pad_id)
+    share = functools.partial(_share, contexts.cache, group_size=group_size, put=put, place=place)
     if rolling:
         state = _warm_up(
             model, params, state, contexts, of_rows, group_size, sizes, widths,
-            slots < len(budgets), move, finish, put, settings,
+            slots < len(budgets), move, finish, share, put, settings, shards,
         )  # fmt: skip
     while True:
-        free = np.flatnonzero(occupant < 0)
-        if len(waiting) and len(free) and (rolling or len(free) == slots):
-            new = np.full(slots, -1)
-            new[free[: len(waiting)]], waiting = waiting[: len(free)], waiting[len(free) :]
-            occupant = np.where(new < 0, occupant, new)
-            prompt_at = np.maximum(occupant, 0) // group_size
-            where, prompts = put((new, prompt_at)), None
-            state = decoding.admit(model, params, state, contexts, *of_rows, *where, **settings)
+        if rolling or (occupant < 0).all():
+            new = _next_rows(occupant, waiting)
+            if (new >= 0).any():
+                occupant = np.where(new < 0, occupant, new)
+                prompt_at = np.maximum(occupant, 0) // group_size
+                where, prompts = put((new.ravel(), prompt_at.ravel())), None
+                state = decoding.admit(model, params, state, contexts, *of_rows, *where, **settings)
         live, count, filled = jax.device_get((state.live, state.count, state.filled))
-        occupant = np.where(live, occupant, -1)
-        if not live.any() and not len(waiting):
+        live, count = live.reshape(occupant.shape), count.reshape(occupant.shape)
+        occupant, waits = (
+            np.where(live, occupant, -1),
+            np.array([len(rows) > 0 for rows in waiting]),
+        )
+        if not live.any():
+            if waits.any():
+                continue
             return finish(state)
-        floor = 0
-        if rolling and live.any():
+        floor, enough = np.zeros(shards, np.int32), shards
+        if rolling:
             used = int(count[live].max()) - 1  # columns that the oldest live row fills
             while True:
-                now = (len(occupant), state.cache.positions.shape[1])
+                now = (occupant.size, state.cache.positions.shape[1])
                 smaller, wider = _moves(now, used, sizes, widths)
-                if smaller and not len(waiting) and live.sum() <= smaller:
+                if smaller and not waits.any() and live.sum(1).max() <= smaller // shards:
                     shape = (smaller, now[1])
                 elif filled == now[1]:
                     shape = (now[0], wider)
                 else:
                     break
-                keep = np.argsort(~live, kind="stable")[: shape[0]]  # live ones first
+                keep = np.argsort(~live, axis=1, kind="stable")  # live ones first
+                keep = keep[:, : shape[0] // shards]
                 where = put((keep, np.int32(filled - used)))
                 state, prompts = move(state, *where, columns=shape[1]), None
-                occupant, live, filled = occupant[keep], live[keep], used
+                occupant, live = (np.take_along_axis(x, keep, axis=1) for x in (occupant, live))
+                filled = used
             if prompts is None:
-                prompts = _share(contexts.cache, occupant, group_size, put)
-            floor = now[0] - max(1, now[0] // 8) if len(waiting) else smaller
-        floor = put(np.int32(floor))
-        state = decoding.segment(model, params, state, prompts, floor, **settings)
+                prompts = share(occupant)
+            floor += smaller // shards
+            if waits.any():  # until a shard whose rows wait has an eighth of its slots free
+                size = occupant.shape[1]
+                floor, enough = np.where(waits, size - max(1, size // 8), -1), 1
+        until = put((floor.astype(np.int32), np.int32(enough)))
+        state = decoding.segment(model, params, state, prompts, *until, **settings)
+
+
+def _next_rows(occupant, waiting: list) -> np.ndarray:
+    """Takes rows off the lists of the D shards; returns the row for each free slot, [D, S / D]; -1
+    where nobody enters.
+    """
+    new = np.full(occupant.shape, -1)
+    for shard, rows in enumerate(waiting):
+        free = np.flatnonzero(occupant[shard] < 0)[: len(rows)]
+        new[shard, free], waiting[shard] = rows[: len(free)], rows[len(free) :]
+    return new
 
 
 def _moves(now, used: int, sizes, widths) -> tuple[int, int]:
@@ -299,8 +371,8 @@ _COMPILED: set = set()  # what `_warm_up` has seen, beside jit's own caches
 
 
 def _warm_up(
-    model, params, state, contexts, of_rows, group_size, sizes, widths, refilled, move, finish, put,
-    settings,
+    model, params, state, contexts, of_rows, group_size, sizes, widths, refilled, move, finish,
+    share, put, settings, shards,
 ) -> decoding.Decoding:  # fmt: skip
     """Compiles every program that this call and later ones of its shapes can need.
 
@@ -316,7 +388,9 @@ def _warm_up(
     _COMPILED.add(key)
     nobody = put((np.full(sizes[0], -1), np.zeros(sizes[0], int)))
     state = decoding.admit(model, params, state, contexts, *of_rows, *nobody, **settings)
-    zero, seen, waiting = put(np.int32(0)), set(), [state]
+    zero, until = put((np.int32(0), (np.zeros(shards, np.int32), np.int32(shards))))
+    slots_of = lambda size: np.tile(np.arange(size // shards), (shards, 1))  # noqa: E731
+    seen, waiting = set(), [state]
     while waiting:
         at = waiting.pop()
         shape = size, width = len(at.row), at.cache.positions.shape[1]
@@ -328,10 +402,9 @@ def _warm_up(
         targets = [(size, columns) for columns in wider]
         targets += [(smaller, width) for smaller in sizes if smaller < size][:1]
         for slots, columns in targets:
-            keep = put(np.arange(slots))
-            waiting.append(move(at, keep, zero, columns=columns))
-        prompts = _share(contexts.cache, np.full(size, -1), group_size, put)
-        at = decoding.segment(model, params, at, prompts, zero, **settings)
+            waiting.append(move(at, put(slots_of(slots)), zero, columns=columns))
+        prompts = share(np.full_like(slots_of(size), -1))
+        at = decoding.segment(model, params, at, prompts, *until, **settings)
         finish(at)  # once for each: states of several histories may differ in their layout
         state = at if shape == (sizes[0], widths[0]) else state
     return state
@@ -365,46 +438,54 @@ def column_buckets(length: int, *, refilled: bool) -> list[int]:
     return [first << i for i in range(BUCKETS) if first << i < last] + [last]
 
 
-def _share(cache: KVCache, occupant, group_size: int, put) -> SharedPrompts:
+def _share(cache: KVCache, occupant, *, group_size: int, put, place) -> SharedPrompts:
     """Returns the prompts of the rows in flight, with a lane for each of them.
 
     With no more slots than prompts, a copy per slot takes no more memory than all prompts do, and
     prompts that nobody reads any more cost nothing.
+
+    Args:
+      occupant: [D, S / D], the row in each slot of each shard; -1 = none.
     """
-    prompts, slots = cache.positions.shape[0], len(occupant)
-    prompt_at = np.maximum(occupant, 0) // group_size
+    shards, slots = occupant.shape
+    prompts = cache.positions.shape[0] // shards
+    prompt_at = np.maximum(occupant // group_size - prompts * np.arange(shards)[:, None], 0)
     if slots <= prompts:
-        lane = np.arange(slots)
-        where, lanes, lane = put((prompt_at, lane[:, None], lane))
-        cache = decoding.take(cache, where)
+        lane = np.tile(np.arange(slots), (shards, 1))
+        where, lanes, lane = put((prompt_at, lane[:, :, None], lane))
+        cache = decoding.take(cache, where, place=place)
     else:
-        lanes = np.full((prompts, min(group_size, slots)), slots)
-        lane, taken = np.zeros(slots, int), np.zeros(prompts, int)
-        for slot in np.flatnonzero(occupant >= 0):
-            prompt = prompt_at[slot]
-            lanes[prompt, taken[prompt]] = slot
-            lane[slot] = prompt * lanes.shape[1] + taken[prompt]
-            taken[prompt] += 1
+        lanes = np.full((shards, prompts, min(group_size, slots)), slots)
+        lane, taken = np.zeros(occupant.shape, int), np.zeros((shards, prompts), int)
+        for shard, slot in zip(*np.nonzero(occupant >= 0), strict=True):
+            at = shard, prompt_at[shard, slot]
+            lanes[*at, taken[at]] = slot
+            lane[shard, slot] = at[1] * lanes.shape[2] + taken[at]
+            taken[at] += 1
         lanes, lane = put((lanes, lane))
     return SharedPrompts(cache.keys, cache.values, cache.positions, lanes, lane)
 
 
 def _prefill_all(model, params, ids, mask, length: int) -> decoding.Contexts:
     """Reads the contexts, so many in one forward that it has at most PREFILL_TOKENS tokens."""
-    rows, width = ids.shape
+    (rows, width), place = ids.shape, _batch_sharding(ids)
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (
         rows // n * width <= PREFILL_TOKENS or rows // n <= _batch_shards(ids)
     ))  # fmt: skip
     if parts == 1:
-        return decoding.prefill(model, params, ids, mask, length=length)
+        return decoding.prefill(model, params, ids, mask, length=length, place=place)
     size = rows // parts
     chunks = [
         decoding.prefill(
-            model, params, *decoding.rows_from(ids, mask, i * size, size=size), length=length
+            model,
+            params,
+            *decoding.rows_from(ids, mask, i * size, size=size),
+            length=length,
+            place=place,
         )
         for i in range(parts)
     ]
-    return decoding.join(chunks)
+    return decoding.join(chunks, place=place)
 
 
 def _batch_shards(ids) -> int:
@@ -422,9 +503,9 @@ def _replicate(tree, place: NamedSharding | None):
 
 
 def _batch_sharding(ids) -> NamedSharding | None:
-    """Returns how the rows of an array are split over a mesh; None where they are not."""
+    """Returns how the rows of an array are split over a mesh; None on a single device."""
     sharding = getattr(ids, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and _batch_shards(ids) > 1 else None
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
 @program(static=("group_size",))
