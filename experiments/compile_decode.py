@@ -22,6 +22,7 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu looks for the machine's metadata otherwise
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs: processes may compile side by side
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +215,8 @@ def big_copies(computations, size: int, *, loop_only: bool = False) -> list[str]
                 op.kind in moves or (op.kind == "fusion" and kind != "dynamic-update-slice")
             )  # fmt: skip
             if counts and op.bytes >= size and (name in inside or not loop_only):
-                found.append(f"{op.kind} {op.name} ({op.bytes} bytes)")
+                shape = re.search(r"= \(?(\w+\[[\d,]*\])", op.text)
+                found.append(f"{op.kind} {shape[1] if shape else op.name}")
     return found
 
 
@@ -250,7 +252,8 @@ def measure(config, topology: str, sizes: dict[str, int], **work) -> dict:
         "ratio": round(hbm(segment) / (weights + kv), 4),
         "collectives_per_layer": [f"{x['op']} {x['bytes']}" for x in sent if x["per_layer"]],
         "collectives_per_token": [f"{x['op']} {x['bytes']}" for x in sent if not x["per_layer"]],
-        "cache_copies": big_copies(computations, one_layer),
+        "copies_in_loop": big_copies(computations, one_layer, loop_only=True),
+        "copies_in_all": big_copies(computations, one_layer),
         "step_ms_estimated": round(cycles(computations, config.num_layers) / clock * 1e3, 3),
         "step_ms_of_reading": round((weights + kv) / bandwidth * 1e3, 3),
         "prefill_hbm_gib": gib(hbm(lowered["prefill"]().compile())),
