@@ -40,9 +40,9 @@ from scope_jax.models.transformer import Transformer, Weight, declare, init_para
 from scope_jax.prm_formats import PRMFormat, PRMInput, PRMTexts, pad_inputs
 from scope_jax.records import InputError, StepScores
 
-# head -> the layout of text that its published models were trained on
 _BATCH_TOKENS = 8192  # of `score_solutions`' forwards, unless one solution is longer
 
+# head -> the layout of text that its published models were trained on
 HEADS = {
     "mlp2_at_token": "qwen_math",
     "linear2_at_sep": "trl",

@@ -15,6 +15,7 @@ A row's randomness is fold_in(fold_in(key, row id), column): its tokens depend o
 neighbours nor slots, segments or buckets.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -26,14 +27,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scope_jax.models import decoding
 from scope_jax.models.decoding import program
 from scope_jax.models.kv_cache import KVCache, SharedPrompts
-from scope_jax.models.transformer import Transformer
+from scope_jax.models.transformer import Transformer, declare
 from scope_jax.records import InputError, Rollouts
+from scope_jax.sharding import DECODING, Rules, shardings, spec
 
 FEWEST_SLOTS = 4  # below it a step costs the same
 FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
 BUCKETS = 4  # sizes of the slots, and of the cache, that programs are compiled for
 FEWEST_COLUMNS = 48  # of a context: narrower ones are read no faster
-PREFILL_TOKENS = 4096  # read in one forward
+PREFILL_TOKENS = 4096  # read in one forward, by each batch shard of a mesh
 
 
 def generate(
@@ -159,6 +161,54 @@ def continue_from(
     return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
+def decoding_layout(model, params, mesh=None, rules: Rules = DECODING):
+    """Returns (model, params) as decoding wants them, for `generate` and `continue_from`.
+
+    To be called once for weights that are sampled from, a training step's say. The weights are
+    resharded (gathered from `fsdp` once, where the decode loop would gather them for every token),
+    cast to the dtype of the computation, and on a CPU cut into an array per layer. No sampled token
+    depends on it. `params` stay as they are; what is returned is a copy unless nothing had to
+    change, and its memory is free again when the caller lets go of it: do so before an update.
+
+    Args:
+      model, params: another model than `Transformer` is returned as it is.
+      mesh: the params'; None or a single device: only the dtype and the cut.
+      rules: see sharding.py.
+    """
+    if not isinstance(model, Transformer) or model.blocks:
+        return model, params
+    split = jax.default_backend() == "cpu"
+    where = shardings(declare(model.config), mesh, rules) if mesh and mesh.size > 1 else None
+    dtype = np.dtype(model.config.dtype)
+    as_is = jax.tree.map(lambda x: x.dtype == dtype, params)
+    if where is not None:
+        as_is = jax.tree.map(
+            lambda x, s, same: same and x.sharding.is_equivalent_to(s, x.ndim), params, where, as_is
+        )
+    if not split and all(jax.tree.leaves(as_is)):
+        return model, params
+    params = _layout_program(model, mesh if where else None, rules, split)(params)
+    blocks = (1,) * model.config.num_layers if split else ()
+    return dataclasses.replace(model, blocks=blocks), params
+
+
+@functools.cache
+def _layout_program(model, mesh, rules, split: bool):
+    def lay_out(params):
+        params = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
+        return model.one_block_per_layer(params)[1] if split else params
+
+    if mesh is None:
+        return jax.jit(lay_out)
+    declared = declare(model.config)
+    where = shardings(declared, mesh, rules)
+    if split:  # an array per layer lies as the stack of all does
+        unembed = NamedSharding(mesh, spec(("embed", "vocab"), rules))
+        layers = (where["layers"],) * model.config.num_layers
+        where = {**where, "layers": layers, "unembed": unembed}
+    return jax.jit(lay_out, out_shardings=where)
+
+
 def _check_prompts(prompt_ids, prompt_mask) -> None:
     if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
         raise InputError(
@@ -218,6 +268,7 @@ class _Run(NamedTuple):
 
     model: Any
     params: Any
+    shards: int  # D, parts of a mesh that the rows are split over: each decodes its own prompts'
     ids: jax.Array  # [P, M], every context's last token in the last column
     mask: jax.Array  # [P, M]
     keys: jax.Array  # [B, ..] data of the rows' keys
@@ -232,14 +283,10 @@ class _Run(NamedTuple):
     sizes: list[int]  # numbers of slots,
     columns: list[int]  # columns of the completions' cache,
     widths: list[int]  # and of contexts that programs are compiled for
-    chunk: int  # contexts read in one forward
+    chunk: int  # contexts that a shard reads in one forward
 
     def put(self, tree):
-        """Copies host arrays to the device, or to all of the mesh: left on one device they would
-        be sliced and sent on by programs of their own.
-        """
-        everywhere = self.place and NamedSharding(self.place.mesh, PartitionSpec())
-        return jax.device_put(tree, everywhere)
+        return _replicate(tree, self.place)
 
 
 def _roll_out(
@@ -260,19 +307,19 @@ def _roll_out(
         raise InputError(
             f"slots={slots} does not divide over the {shards} batch shards of the mesh"
         )
-    rolling = isinstance(model, Transformer)
-    refilled = slots < len(budgets)
-    places = min(len(ids), slots) if rolling else len(ids)
-    chunk = max(1, slots // 8 if places < len(ids) else PREFILL_TOKENS // ids.shape[1])
+    rolling = isinstance(model, Transformer)  # other caches can neither grow nor be refilled
+    (contexts, width), refilled = ids.shape, slots < len(budgets)
+    places = min(contexts, slots) if rolling else contexts
+    chunk = slots // 8 // shards if places < contexts else PREFILL_TOKENS // width
     run = _Run(
-        model, params, ids, mask, decoding.row_keys(key, row_ids), jax.device_put(budgets),
-        group_size, length, pad_id, place,
+        model, params, shards, ids, mask, decoding.row_keys(key, row_ids),
+        _replicate(budgets, place), group_size, length, pad_id, place,
         {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
         rolling=rolling, refilled=refilled,
         sizes=slot_buckets(slots, shards) if rolling else [slots],
         columns=column_buckets(length, refilled=refilled) if rolling else [0],
-        widths=context_buckets(ids.shape[1]) if rolling else [ids.shape[1]],
-        chunk=min(chunk, places) if rolling else len(ids),
+        widths=context_buckets(width) if rolling else [width],
+        chunk=min(max(1, chunk), places // shards) if rolling else contexts // shards,
     )  # fmt: skip
     contexts = decoding.no_contexts(
         model, params, ids, mask, places=places, length=length, place=place
@@ -283,55 +330,76 @@ def _roll_out(
     )  # fmt: skip
     if rolling:
         state, contexts = _warm_up(run, state, contexts)
-    return _decode(run, state, contexts, np.flatnonzero(budgets > 0))
+    waiting = [part[budgets[part] > 0] for part in np.split(np.arange(len(budgets)), shards)]
+    return _decode(run, state, contexts, waiting)
 
 
-def _decode(run: _Run, state, contexts, waiting) -> dict[str, jax.Array]:
+def _decode(run: _Run, state, contexts, waiting: list) -> dict[str, jax.Array]:
     """Runs the programs until no row waits or lives.
 
     Args:
-      waiting: numbers of the rows to be decoded, in the order in which they enter.
+      waiting: for each shard the rows to be decoded, in the order in which they enter.
     """
-    model, params, settings = run.model, run.params, run.settings
-    occupant, prompts = np.full(len(state.row), -1), None  # the row in each slot, -1 = free
-    homes = _Homes(run, len(contexts.start))
+    model, params, settings, shards = run.model, run.params, run.settings, run.shards
+    occupant = np.full((shards, len(state.row) // shards), -1)  # the row in each slot, -1 = free
+    homes, prompts = _Homes(run, len(contexts.start)), None
     while True:
-        free = np.flatnonzero(occupant < 0)
-        if len(waiting) and len(free) and (run.rolling or len(free) == len(occupant)):
-            new = np.full(len(occupant), -1)
-            new[free[: len(waiting)]], waiting = waiting[: len(free)], waiting[len(free) :]
-            occupant, prompts = np.where(new < 0, occupant, new), None
-            contexts = homes.read(contexts, occupant)
-            where = run.put((new, homes.of(occupant)))
-            state = decoding.admit(
-                model, params, state, contexts, run.keys, run.budgets, *where, **settings
-            )
+        if run.rolling or (occupant < 0).all():
+            new = _next_rows(occupant, waiting)
+            if (new >= 0).any():
+                occupant, prompts = np.where(new < 0, occupant, new), None
+                contexts = homes.read(contexts, occupant)
+                where = run.put((new.ravel(), homes.in_all_shards(occupant).ravel()))
+                state = decoding.admit(
+                    model, params, state, contexts, run.keys, run.budgets, *where, **settings
+                )
         live, count, filled = jax.device_get((state.live, state.count, state.filled))
+        live, count = live.reshape(occupant.shape), count.reshape(occupant.shape)
         occupant = np.where(live, occupant, -1)
-        if not live.any() and not len(waiting):
+        waits = np.array([len(rows) > 0 for rows in waiting])
+        if not live.any():
+            if waits.any():
+                continue
             return decoding.finish(state, pad_id=run.pad_id)
-        floor = 0
-        if run.rolling and live.any():
+        floor, enough = np.zeros(shards, np.int32), shards
+        if run.rolling:
             used = int(count[live].max()) - 1  # columns that the oldest live row fills
             while True:
-                now = (len(occupant), state.cache.positions.shape[1])
+                now = (occupant.size, state.cache.positions.shape[1])
                 smaller, wider = _moves(now, used, run)
-                if smaller and not len(waiting) and live.sum() <= smaller[0]:
+                fits = 0 if smaller is None or waits.any() else smaller[0] // shards
+                if smaller is not None and live.sum(1).max() <= fits:
                     shape = smaller
                 elif filled == now[1]:
                     shape = wider
                 else:
                     break
-                keep = np.argsort(~live, kind="stable")[: shape[0]]  # live ones first
+                keep = np.argsort(~live, axis=1, kind="stable")  # live ones first
+                keep = keep[:, : shape[0] // shards]
                 where = run.put((keep, np.int32(filled - used)))
                 state = decoding.move(state, *where, columns=shape[1], place=run.place)
-                occupant, live, filled, prompts = occupant[keep], live[keep], used, None
+                occupant, live = (np.take_along_axis(x, keep, axis=1) for x in (occupant, live))
+                filled, prompts = used, None
             if prompts is None:
                 prompts = _share(run, contexts.cache, occupant, homes.of(occupant))
-            idle = max(1, now[0] // 8)  # slots that wait for rows to share the cost of a refill
-            floor = now[0] - idle if len(waiting) else smaller[0] if smaller else 0
-        floor = run.put(np.int32(floor))
-        state = decoding.segment(model, params, state, prompts, floor, **settings)
+            if smaller:
+                floor += smaller[0] // shards
+            if waits.any():  # until a shard whose rows wait has an eighth of its slots free
+                size = occupant.shape[1]
+                floor, enough = np.where(waits, size - max(1, size // 8), -1), 1
+        until = run.put((floor.astype(np.int32), np.int32(enough)))
+        state = decoding.segment(model, params, state, prompts, *until, **settings)
+
+
+def _next_rows(occupant, waiting: list) -> np.ndarray:
+    """Takes rows off the lists of the D shards; returns the row for each free slot, [D, S / D]; -1
+    where nobody enters.
+    """
+    new = np.full(occupant.shape, -1)
+    for shard, rows in enumerate(waiting):
+        free = np.flatnonzero(occupant[shard] < 0)[: len(rows)]
+        new[shard, free], waiting[shard] = rows[: len(free)], rows[len(free) :]
+    return new
 
 
 class _Homes:
@@ -340,34 +408,43 @@ class _Homes:
     def __init__(self, run: _Run, places: int):
         mask = np.asarray(jax.device_get(run.mask))
         self.run, self.spans = run, mask.shape[1] - mask.argmax(1)  # columns, from the first token
-        self.held = np.full(places, -1)  # the context in each place
-        self.place = np.zeros(len(mask), int)  # of each context
+        self.held = np.full((run.shards, places // run.shards), -1)  # the context in each place
+        self.place = np.zeros(len(mask), int)  # of each context, within its shard
 
     def of(self, occupant):
-        """Returns [S] the place that each slot's row goes on from (any, for a free slot)."""
+        """Returns [D, S / D], the place within the shard that each slot's row goes on from (any,
+        for a free slot).
+        """
         return self.place[np.maximum(occupant, 0) // self.run.group_size]
+
+    def in_all_shards(self, occupant):
+        """Returns the same, counted through all shards."""
+        return self.of(occupant) + self.held.shape[1] * np.arange(self.run.shards)[:, None]
 
     def read(self, contexts, occupant):
         """Reads the contexts that `occupant` needs and no place holds; long and short ones in
         different forwards, each as wide as its longest.
         """
-        run = self.run
-        needed = np.unique(occupant[occupant >= 0] // run.group_size)
-        if not run.rolling:
-            needed = np.arange(len(self.held))
-        missing = np.setdiff1d(needed, self.held)
-        free = np.flatnonzero(~np.isin(self.held, needed))[: len(missing)]
-        self.held[free], self.place[missing] = missing, free
-        missing = missing[np.argsort(self.spans[missing], kind="stable")]
-        for first in range(0, len(missing), run.chunk):
-            rows = missing[first : first + run.chunk]
-            width = next(width for width in run.widths if width >= self.spans[rows].max())
-            places = np.full(run.chunk, len(self.held))
-            places[: len(rows)] = self.place[rows]
-            where = run.put((np.resize(rows, run.chunk), places))
+        run, missing = self.run, []
+        for shard, held in enumerate(self.held):
+            needed = np.unique(occupant[shard][occupant[shard] >= 0] // run.group_size)
+            new = np.setdiff1d(needed, held)
+            free = np.flatnonzero(~np.isin(held, needed))[: len(new)]
+            held[free], self.place[new] = new, free
+            missing.append(new[np.argsort(self.spans[new], kind="stable")])
+        per_shard = len(self.spans) // run.shards
+        for first in range(0, max(map(len, missing)), run.chunk):
+            rows = np.zeros((run.shards, run.chunk), int)
+            places, longest = np.full_like(rows, self.held.shape[1]), 0
+            for shard, new in enumerate(missing):
+                new = new[first : first + run.chunk]
+                rows[shard, : len(new)] = new - shard * per_shard
+                places[shard, : len(new)] = self.place[new]
+                longest = max(longest, self.spans[new].max(initial=0))
             contexts = decoding.prefill(
-                run.model, run.params, contexts, run.ids, run.mask, *where, width=width,
-                length=run.length, place=run.place,
+                run.model, run.params, contexts, run.ids, run.mask, *run.put((rows, places)),
+                width=next(width for width in run.widths if width >= longest), length=run.length,
+                place=run.place,
             )  # fmt: skip
         return contexts
 
@@ -407,7 +484,8 @@ def _warm_up(run: _Run, state, contexts):
         return state, contexts
     _COMPILED.add(key)
     model, params, settings = run.model, run.params, run.settings
-    nothing = run.put((np.zeros(run.chunk, int), np.full(run.chunk, len(contexts.start))))
+    rows = np.zeros((run.shards, run.chunk), int)
+    nothing = run.put((rows, np.full_like(rows, len(contexts.start) // run.shards)))
     for width in run.widths:
         contexts = decoding.prefill(
             model, params, contexts, run.ids, run.mask, *nothing, width=width, length=run.length,
@@ -417,7 +495,9 @@ def _warm_up(run: _Run, state, contexts):
     state = decoding.admit(
         model, params, state, contexts, run.keys, run.budgets, *nobody, **settings
     )
-    zero, seen, waiting = run.put(np.int32(0)), set(), [state]
+    zero, until = run.put((np.int32(0), (np.zeros(run.shards, np.int32), np.int32(run.shards))))
+    slots_of = lambda size: np.tile(np.arange(size // run.shards), (run.shards, 1))  # noqa: E731
+    seen, waiting = set(), [state]
     while waiting:
         at = waiting.pop()
         shape = size, width = len(at.row), at.cache.positions.shape[1]
@@ -428,11 +508,11 @@ def _warm_up(run: _Run, state, contexts):
         moves = {target for used in needed for target in _moves(shape, used, run) if target}
         targets = sorted(moves - {shape} if not run.refilled else moves)
         for slots, columns in targets:
-            keep = run.put(np.arange(slots))
+            keep = run.put(slots_of(slots))
             waiting.append(decoding.move(at, keep, zero, columns=columns, place=run.place))
-        nowhere = np.full(size, -1)
-        prompts = _share(run, contexts.cache, nowhere, np.zeros(size, int))
-        at = decoding.segment(model, params, at, prompts, zero, **settings)
+        nobody = np.full_like(slots_of(size), -1)
+        prompts = _share(run, contexts.cache, nobody, np.zeros_like(nobody))
+        at = decoding.segment(model, params, at, prompts, *until, **settings)
         decoding.finish(at, pad_id=run.pad_id)
         state = at if shape == (run.sizes[0], run.columns[0]) else state
     return state, contexts
@@ -485,20 +565,22 @@ def _share(run: _Run, cache: KVCache, occupant, place) -> SharedPrompts:
     contexts that nobody reads any more cost nothing.
 
     Args:
-      occupant, place: [S] the row in each slot (-1 = none) and where its context lies.
+      occupant, place: [D, S / D], the row in each slot of each shard (-1 = none) and where its
+        context lies.
     """
-    places, slots = cache.positions.shape[0], len(occupant)
+    shards, slots = occupant.shape
+    places = cache.positions.shape[0] // shards
     if slots < places or (slots == places and run.group_size > 1):
-        lane = np.arange(slots)
-        where, lanes, lane = run.put((place, lane[:, None], lane))
-        cache = decoding.take(cache, where)
+        lane = np.tile(np.arange(slots), (shards, 1))
+        where, lanes, lane = run.put((place, lane[:, :, None], lane))
+        cache = decoding.take(cache, where, place=run.place)
     else:
-        lanes = np.full((places, min(run.group_size, slots)), slots)
-        lane, taken = np.zeros(slots, int), np.zeros(places, int)
-        for slot in np.flatnonzero(occupant >= 0):
-            at = place[slot]
-            lanes[at, taken[at]] = slot
-            lane[slot] = at * lanes.shape[1] + taken[at]
+        lanes = np.full((shards, places, min(run.group_size, slots)), slots)
+        lane, taken = np.zeros(occupant.shape, int), np.zeros((shards, places), int)
+        for shard, slot in zip(*np.nonzero(occupant >= 0), strict=True):
+            at = shard, place[shard, slot]
+            lanes[*at, taken[at]] = slot
+            lane[shard, slot] = at[1] * lanes.shape[2] + taken[at]
             taken[at] += 1
         lanes, lane = run.put((lanes, lane))
     return SharedPrompts(cache.keys, cache.values, cache.positions, lanes, lane)
@@ -511,9 +593,17 @@ def _batch_shards(ids) -> int:
 
 
 def _batch_sharding(ids) -> NamedSharding | None:
-    """Returns how the rows of an array are split over a mesh; None where they are not."""
+    """Returns how the rows of an array are split over a mesh; None on a single device."""
     sharding = getattr(ids, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and _batch_shards(ids) > 1 else None
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
+def _replicate(tree, place: NamedSharding | None):
+    """Copies host arrays to the device, or to all of the mesh: left on one device they would be
+    sliced and sent on by programs of their own.
+    """
+    everywhere = None if place is None else NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(tree, everywhere)
 
 
 @program(static=("group_size",))
