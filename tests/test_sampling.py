@@ -399,13 +399,14 @@ def test_loop_stops_when_every_row_has_ended_or_spent_its_budget():
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes so small that 12 rows of 8 tokens fill the cache, empty slots and move."""
-    for name, value in {"FIRST_COLUMNS": 2, "FEWEST_SLOTS": 1, "PREFILL_TOKENS": 10}.items():
+    sizes = {"FIRST_COLUMNS": 2, "FEWEST_SLOTS": 1, "PREFILL_TOKENS": 10, "BUCKETS": 3}
+    for name, value in sizes.items():
         monkeypatch.setattr(sampling, name, value)
 
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
-    ("name", "slots"), [*[("sampled", slots) for slots in (0, 1, 2, 5, 8)], ("truncated", 8)]
+    ("name", "slots"), [*[("sampled", slots) for slots in (0, 1, 5)], ("truncated", 8)]
 )
 def test_slots_and_buckets_change_no_row(name, slots, params, request):
     whole, options = request.getfixturevalue(name), TRUNCATION if name == "truncated" else {}
@@ -437,7 +438,7 @@ def test_another_models_rows_wait_for_whole_slots():
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("slots", [4, 7])
+@pytest.mark.parametrize("slots", [7])
 def test_continuations_change_with_neither_slots_nor_buckets(slots, params, sampled):
     lengths = np.arange(ROWS) % 3
     whole = resume(params, sampled, lengths, key=3)
@@ -447,7 +448,7 @@ def test_continuations_change_with_neither_slots_nor_buckets(slots, params, samp
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("slots", [0, 4])
+@pytest.mark.parametrize("slots", [4])
 def test_short_contexts_are_read_in_narrow_forwards(slots, params, sampled, monkeypatch):
     lengths = np.array([0, 0, 3, 0, 1, 3, 2, 0, 0, 1, 0, 4])
     ended = sampled.finished & (lengths >= sampled.completion_mask.sum(-1))
