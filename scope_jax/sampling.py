@@ -52,6 +52,7 @@ def generate(
     row_ids=None,
     buffer_length: int | None = None,
     slots: int = 0,
+    stop_table=None,
 ) -> Rollouts:
     """Samples `group_size` completions of every prompt.
 
@@ -73,6 +74,9 @@ def generate(
         call to call.
       slots: rows decoded at a time (0 = all): the others wait for a free one. It bounds the memory
         of the completions' keys and values (the prompts' are all held) and changes no row's tokens.
+      stop_table: [states, V] int32 of `stopping.stop_table`: a row is also finished by the token
+        that completes a stop string, which is kept. Only the completion is read: a string that
+        began in the prompt (or prefix) does not count.
     Returns:
       Rollouts of B rows.
     Raises:
@@ -88,7 +92,7 @@ def generate(
     rows = prompt_ids.shape[0] * group_size
     options = _options(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
-        row_ids, slots,
+        row_ids, slots, stop_table, _vocab_size(model, params),
     )  # fmt: skip
     sampled = _roll_out(
         model, params, prompt_ids, prompt_mask, key, group_size=group_size, **options
@@ -116,6 +120,7 @@ def continue_from(
     row_ids=None,
     buffer_length: int | None = None,
     slots: int = 0,
+    stop_table=None,
 ) -> Rollouts:
     """Samples a continuation of every row's prompt + prefix, none of whose tokens is changed.
 
@@ -149,7 +154,7 @@ def continue_from(
         )
     options = _options(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
-        row_ids, slots,
+        row_ids, slots, stop_table, _vocab_size(model, params),
     )  # fmt: skip
     context, context_mask = _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length)
     sampled = _roll_out(model, params, context, context_mask, key, group_size=1, **options)
@@ -166,7 +171,7 @@ def _check_prompts(prompt_ids, prompt_mask) -> None:
 
 def _options(
     rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id, row_ids,
-    slots,
+    slots, stop_table, vocab_size,
 ) -> dict:  # fmt: skip
     """Checks the sampling options and splits them into static ones and arrays."""
     budgets = np.asarray(jax.device_get(max_new_tokens), np.int32)
@@ -188,23 +193,39 @@ def _options(
         )
     if slots < 0:
         raise InputError(f"slots must be 0 (all rows) or more, got {slots}")
+    eos_ids = tuple(int(i) for i in np.atleast_1d(np.asarray(eos_ids, np.int64)))
+    if eos_ids and not 0 <= min(eos_ids) <= max(eos_ids) < vocab_size:
+        raise InputError(f"eos_ids must lie in 0 .. {vocab_size - 1}, got {eos_ids}")
+    if stop_table is not None:
+        kind, shape = getattr(stop_table, "dtype", type(stop_table).__name__), np.shape(stop_table)
+        if kind != np.int32 or len(shape) != 2 or shape[0] < 2 or shape[1] != vocab_size:
+            raise InputError(
+                f"stop_table must be int32 [states, {vocab_size}], got {kind} {shape}: it is "
+                "`stopping.stop_table` of the model's own tokenizer and vocabulary"
+            )
     # device_put: explicit, so that a caller's transfer guard lets it pass
     drawing = {"temperature": jax.device_put(np.float32(temperature or 1.0))}
     if top_p < 1:
         drawing["top_p"] = jax.device_put(np.float32(top_p))
     if min_p > 0:
         drawing["min_p"] = jax.device_put(np.float32(min_p))
+    if stop_table is not None:
+        drawing["stop_table"] = stop_table
     return {
         "budgets": budgets,
         "row_ids": jax.device_put(row_ids),
         "length": length,
         "slots": min(slots or rows, rows),
-        "eos_ids": tuple(int(i) for i in np.atleast_1d(np.asarray(eos_ids, np.int32))),
+        "eos_ids": eos_ids,
         "pad_id": int(pad_id),
         "greedy": temperature == 0,
         "top_k": int(top_k),
         "drawing": drawing,
     }
+
+
+def _vocab_size(model, params) -> int:
+    return jax.eval_shape(model.unembed, params).shape[-1]
 
 
 # ------------------------------------------------------------------------------ the host's part
@@ -219,7 +240,7 @@ def _roll_out(
     Args:
       ids, mask: [P, M], every context's last token in the last column.
       budgets: [B] numpy; rows with a budget of 0 are never decoded.
-      drawing, static: `draw`'s arrays; its static options and eos_ids.
+      drawing, static: `draw`'s arrays and the stop table; its static options and eos_ids.
     """
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
         model, params = model.one_block_per_layer(params)
@@ -237,8 +258,10 @@ def _roll_out(
     of_rows = (decoding.row_keys(key, row_ids), put(budgets))
     state = decoding.start(
         model, contexts, of_rows[0], slots=slots, columns=widths[0], rows=len(budgets),
-        length=length, pad_id=pad_id, place=place,
+        length=length, pad_id=pad_id, place=place, stops="stop_table" in drawing,
     )  # fmt: skip
+    if "stop_table" in drawing:
+        drawing["stop_table"] = put(drawing["stop_table"])
     settings, prompts = (
         {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
         None,
@@ -309,7 +332,8 @@ def _warm_up(
     """
     options = tuple((k, v) for k, v in settings.items() if not isinstance(v, jax.Array))
     shapes = tuple((x.shape, str(x.dtype)) for x in (contexts.hidden, state.ids, *of_rows))
-    shapes += (contexts.cache.positions.shape, tuple(sorted(settings)), state.ids.sharding)
+    arrays = sorted((k, v.shape) for k, v in settings.items() if isinstance(v, jax.Array))
+    shapes += (contexts.cache.positions.shape, tuple(arrays), state.ids.sharding)
     key = (model, options, shapes, group_size, *sizes, *widths)
     if key in _COMPILED:
         return state

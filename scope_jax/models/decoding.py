@@ -47,6 +47,7 @@ class Decoding:
     count: jax.Array  # [S] int32, tokens drawn
     token: jax.Array  # [S] int32, the last of them: not read by the model yet
     live: jax.Array  # [S] bool, will draw another token
+    stop_state: jax.Array | None  # [S] int32, of the stop table; None without one
     ids: jax.Array  # [B, T] int32
     logps: jax.Array  # [B, T] float32
     sampling_logps: jax.Array  # [B, T] float32
@@ -136,8 +137,10 @@ def _placed(state: Decoding, place: NamedSharding | None) -> Decoding:
     return jax.tree.map(constrain, state)
 
 
-@program(static=("model", "slots", "columns", "rows", "length", "pad_id", "place"))
-def start(model, contexts, row_keys, *, slots, columns, rows, length, pad_id, place) -> Decoding:
+@program(static=("model", "slots", "columns", "rows", "length", "pad_id", "place", "stops"))
+def start(
+    model, contexts, row_keys, *, slots, columns, rows, length, pad_id, place, stops
+) -> Decoding:  # fmt: skip
     """Returns free slots."""
     rolling = isinstance(contexts.cache, KVCache)
     of_slots = jnp.zeros(slots, jnp.int32)
@@ -151,6 +154,7 @@ def start(model, contexts, row_keys, *, slots, columns, rows, length, pad_id, pl
         count=of_slots,
         token=of_slots,
         live=jnp.zeros(slots, bool),
+        stop_state=of_slots if stops else None,
         ids=jnp.full((rows, length), pad_id, jnp.int32),
         logps=jnp.zeros((rows, length), jnp.float32),
         sampling_logps=jnp.zeros((rows, length), jnp.float32),
@@ -195,6 +199,7 @@ def admit(model, params, state, contexts, row_keys, budgets, new, prompt_at, *, 
         budget=of_row(budgets, state.budget),
         start=jnp.where(enters, contexts.start[prompt_at], state.start),
         count=jnp.where(enters, 0, state.count),
+        stop_state=jax.tree.map(lambda x: jnp.where(enters, 0, x), state.stop_state),
     )
     unembed = model.unembed(params)
     state = _draw_next(state, contexts.hidden[prompt_at], enters, unembed, **settings)
@@ -225,7 +230,9 @@ def segment(model, params, state, prompts, floor, *, place, **settings) -> Decod
     return _placed(jax.lax.while_loop(goes_on, step, state), place)
 
 
-def _draw_next(state, hidden, draws, unembed, *, impl, eos_ids, temperature, **drawing):
+def _draw_next(
+    state, hidden, draws, unembed, *, impl, eos_ids, temperature, stop_table=None, **drawing
+):  # fmt: skip
     """Draws a token for the rows in `draws` [S] bool, given the hidden state before it [S, D]."""
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key, impl=impl), state.count)
     logits = (hidden @ unembed.astype(hidden.dtype)).astype(jnp.float32)
@@ -233,11 +240,16 @@ def _draw_next(state, hidden, draws, unembed, *, impl, eos_ids, temperature, **d
     at = (jnp.where(draws, state.row, state.length.shape[0]), state.count)  # others fall outside
     count = state.count + draws
     ends = (token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None, :]).any(-1)
+    stop_state = state.stop_state
+    if stop_table is not None:
+        stop_state = jnp.where(draws, stop_table[stop_state, token], stop_state)
+        ends |= stop_state == stop_table.shape[0] - 1
     return dataclasses.replace(
         state,
         count=count,
         token=jnp.where(draws, token, state.token),
         live=jnp.where(draws, ~ends & (count < state.budget), state.live),
+        stop_state=stop_state,
         ids=state.ids.at[at].set(token, mode="drop"),
         logps=state.logps.at[at].set(logp, mode="drop"),
         sampling_logps=state.sampling_logps.at[at].set(sampling_logp, mode="drop"),
@@ -249,12 +261,15 @@ def _draw_next(state, hidden, draws, unembed, *, impl, eos_ids, temperature, **d
 @program(static=("columns", "place"))
 def move(state, keep, first, *, columns, place) -> Decoding:
     """Keeps some slots, in a cache of `columns` columns whose column 0 was `first`."""
-    of_slots = ("row", "key", "start", "budget", "count", "token", "live")
+    of_slots = ("row", "key", "start", "budget", "count", "token", "live", "stop_state")
+    kept = jax.tree.map(
+        lambda x: jnp.take(x, keep, axis=0), {name: getattr(state, name) for name in of_slots}
+    )
     moved = dataclasses.replace(
         state,
         cache=move_rows(state.cache, keep, first, columns),
         filled=state.filled - first,
-        **{name: jnp.take(getattr(state, name), keep, axis=0) for name in of_slots},
+        **kept,
     )
     return _placed(moved, place)
 
