@@ -80,6 +80,7 @@ def programs(config, mesh, *, prompts: int, group: int, width: int, columns: int
     keys, key = array((rows, 2), jnp.uint32), jax.random.key(0)
     start = functools.partial(
         decoding.start.__wrapped__, model, slots=rows, columns=columns, rows=rows, length=columns,
+        stops=False,
         pad_id=0, place=None,
     )  # fmt: skip
     state = jax.eval_shape(start, contexts, keys)

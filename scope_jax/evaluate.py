@@ -45,8 +45,8 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
         ids, mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
         row_ids = np.arange(start * group_size, (start + batch_size) * group_size, dtype=np.int32)
         rollouts = generate(
-            policy.model, params, ids, mask, key, group_size=group_size, eos_ids=policy.eos_ids,
-            pad_id=policy.pad_id, row_ids=row_ids, **sampling,
+            policy.model, params, ids, mask, key, group_size=group_size, row_ids=row_ids,
+            **policy.ends, **sampling,
         )  # fmt: skip
         completions = jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
         texts = decode_completions(policy.tokenizer, *completions)

@@ -108,7 +108,7 @@ def select_candidates(
 
     Args:
       rewards: [B] float; a reward below `solved_at` is wrong.
-      finished: [B] bool, ended by an end token.
+      finished: [B] bool, ended by an end token or stop string.
       first_error: [B] int32 from `locate`.
       step_scores, step_mask: [B, S].
       group_size: G.

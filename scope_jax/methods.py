@@ -52,6 +52,9 @@ def default_config() -> ConfigDict:
                 "top_p": 1.0,
                 "min_p": 0.0,
                 "slots": 0,  # rows decoded at a time, the others wait; 0 = all
+                # strings, ("</answer>",), that end a rollout beside the end token, and are kept;
+                # of teacher and evaluation too
+                "stop": (),
             },
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},

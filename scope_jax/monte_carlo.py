@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from scope_jax.records import InputError, Rollouts
 from scope_jax.rewards import score_completions, verify
 from scope_jax.sampling import continue_from, decoding_layout, generate
 from scope_jax.steps import segment_steps, step_texts
+from scope_jax.stopping import stop_table
 from scope_jax.tasks.math_problems import read_problems
 
 
@@ -73,7 +74,7 @@ class Labeller(NamedTuple):
     model: Any
     params: Any
     tokenizer: Any
-    sampling: dict[str, Any]  # eos_ids, pad_id of `generate`
+    sampling: dict[str, Any]  # eos_ids, stop_table, pad_id of `generate`
     samples: int  # solutions per problem
     tries: int  # continuations per step
     max_new_tokens: int  # of a solution
@@ -148,6 +149,7 @@ def label_problems(
     prompt_length: int = 512,
     say: Callable[[str], None] = print,
     rows: int = 16,
+    stop: Sequence[str] = (),
     **labelling,
 ) -> None:
     """Writes the policy's own solutions of problems with Monte-Carlo labels, in TRL's layout.
@@ -159,6 +161,7 @@ def label_problems(
       out: JSON lines; appears only when it is whole.
       problems: how many of them; seed: of all samples.
       prompt_length: bucket of the prompts, in tokens.
+      stop: strings that end a solution beside the end token.
       rows, labelling: `Labeller`'s samples, tries, max_new_tokens, splitter, reward_fn.
     Raises:
       InputError: bad data; or no solution that finished, so nothing to label.
@@ -167,9 +170,9 @@ def label_problems(
     tokenizer, eos_ids = load_tokenizer(policy)
     model, params = decoding_layout(*load_hf(policy))
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    labeller = Labeller(
-        model, params, tokenizer, {"eos_ids": eos_ids, "pad_id": pad_id}, rows=rows, **labelling
-    )
+    table = stop_table(tokenizer, stop, model.config.vocab_size) if stop else None
+    ends = {"eos_ids": eos_ids, "stop_table": jax.device_put(table), "pad_id": pad_id}
+    labeller = Labeller(model, params, tokenizer, ends, rows=rows, **labelling)
     render = functools.partial(
         render_prompt, tokenizer, template="{problem}", chat=bool(tokenizer.chat_template)
     )

@@ -50,7 +50,7 @@ class Rollouts:
     token_source: Array  # [B, T] int8
     logps: Array  # [B, T] float32, full vocabulary, temperature-scaled: the pi_old of every ratio
     sampling_logps: Array  # [B, T] float32, of the distribution drawn from; never in a ratio
-    finished: Array  # [B] bool, an end token was sampled within the budget
+    finished: Array  # [B] bool, an end token or stop string came within the budget
 
 
 @struct.dataclass

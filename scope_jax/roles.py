@@ -23,6 +23,7 @@ from scope_jax.sampling import continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate
 from scope_jax.splicing import INSERT
+from scope_jax.stopping import encode_stop, stop_table
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
 
 # Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
@@ -37,12 +38,15 @@ class Policy(NamedTuple):
     mesh: jax.sharding.Mesh
     model: Any
     tokenizer: Any
-    eos_ids: tuple[int, ...]
-    pad_id: int
+    ends: dict[str, Any]  # of `generate`: what ends a row, and what stands behind the end
     tokenize: Callable[[Any], Prompts]  # records -> their prompts, rendered and in one bucket
     problems: Callable[[str], Any]  # split -> random-access source of records
     reward_fn: Callable[[str, str], float]  # (gold, completion)
     check_steps: Any  # the task's exact step checker, if it has one
+
+    @property
+    def pad_id(self) -> int:
+        return self.ends["pad_id"]
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
@@ -72,19 +76,18 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
             f"{model.config.max_position}: lower data.max_prompt_length, sample.max_new_tokens or "
             "eval.max_new_tokens"
         )
-    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ends = row_ends(model, tokenizer, eos_ids, config.sample.stop, mesh)
     policy = Policy(
         mesh=mesh,
         model=model,
         tokenizer=tokenizer,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
+        ends=ends,
         tokenize=functools.partial(
             tokenize_prompts,
             tokenizer=tokenizer,
             render=functools.partial(render_prompt, tokenizer, **config.prompt),
             max_prompt_length=config.data.max_prompt_length,
-            pad_id=pad_id,
+            pad_id=ends["pad_id"],
         ),
         problems=functools.partial(
             problems, **{name: value for name, value in config.task.items() if name != "module"}
@@ -93,6 +96,15 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         check_steps=check_steps,
     )
     return policy, params
+
+
+def row_ends(model, tokenizer, eos_ids, stop, mesh) -> dict[str, Any]:
+    """Returns eos_ids, stop_table (None where `stop` is empty) and pad_id of `generate`."""
+    table = None
+    if stop:
+        table = replicate(stop_table(tokenizer, stop, model.config.vocab_size), mesh)
+    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"eos_ids": eos_ids, "stop_table": table, "pad_id": pad_id}
 
 
 def check_options(config: ConfigDict, mesh) -> None:
@@ -110,6 +122,8 @@ def check_options(config: ConfigDict, mesh) -> None:
         options: Any = config[group]
         if options[key] not in known:
             raise InputError(f"{group}.{key}={options[key]!r} is none of {', '.join(known)}")
+    if config.sample.stop:
+        encode_stop(config.sample.stop)
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
     rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]
@@ -222,8 +236,7 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
     model, params = decoding_layout(model, params, policy.mesh)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
     sampling = {
-        "eos_ids": eos_ids,
-        "pad_id": eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **row_ends(model, tokenizer, eos_ids, config.sample.stop, policy.mesh),
         "temperature": config.teacher.temperature,
         "top_p": config.teacher.top_p,
     }
@@ -242,6 +255,7 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
                 r.prompt_ids, r.prompt_mask, r.prefix_ids, r.prefix_length, r.budgets, key
             ),
             policy_eos_id=end["policy_eos_id"],
+            eos_ids=eos_ids,
         )
     prompt_bucket = BUCKET_FACTOR * config.data.max_prompt_length
     prefix_bucket = BUCKET_FACTOR * config.sample.max_new_tokens
@@ -255,5 +269,5 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
     return text_teacher(
         continue_ids, policy.tokenizer, tokenizer,
         functools.partial(render_prompt, tokenizer, **config.prompt),
-        prompt_bucket=prompt_bucket, prefix_bucket=prefix_bucket, **end,
+        prompt_bucket=prompt_bucket, prefix_bucket=prefix_bucket, eos_ids=eos_ids, **end,
     )  # fmt: skip

@@ -56,6 +56,7 @@ def generate(
     row_ids=None,
     buffer_length: int | None = None,
     slots: int = 0,
+    stop_table=None,
 ) -> Rollouts:
     """Samples `group_size` completions of every prompt.
 
@@ -78,6 +79,9 @@ def generate(
       slots: rows decoded at a time (0 = all): the others wait for a free one. It bounds the memory
         of keys and values, of completions and of the prompts that they go on from, and changes no
         row's tokens.
+      stop_table: [states, V] int32 of `stopping.stop_table`: a row is also finished by the token
+        that completes a stop string, which is kept. Only the completion is read: a string that
+        began in the prompt (or prefix) does not count.
     Returns:
       Rollouts of B rows.
     Raises:
@@ -93,7 +97,7 @@ def generate(
     rows = prompt_ids.shape[0] * group_size
     options = _options(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
-        row_ids, slots,
+        row_ids, slots, stop_table, _vocab_size(model, params),
     )  # fmt: skip
     sampled = _roll_out(
         model, params, prompt_ids, prompt_mask, key, group_size=group_size, **options
@@ -121,6 +125,7 @@ def continue_from(
     row_ids=None,
     buffer_length: int | None = None,
     slots: int = 0,
+    stop_table=None,
 ) -> Rollouts:
     """Samples a continuation of every row's prompt + prefix, none of whose tokens is changed.
 
@@ -154,7 +159,7 @@ def continue_from(
         )
     options = _options(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
-        row_ids, slots,
+        row_ids, slots, stop_table, _vocab_size(model, params),
     )  # fmt: skip
     context, context_mask = _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length)
     sampled = _roll_out(model, params, context, context_mask, key, group_size=1, **options)
@@ -219,7 +224,7 @@ def _check_prompts(prompt_ids, prompt_mask) -> None:
 
 def _options(
     rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id, row_ids,
-    slots,
+    slots, stop_table, vocab_size,
 ) -> dict:  # fmt: skip
     """Checks the sampling options and splits them into static ones and arrays."""
     budgets = np.asarray(jax.device_get(max_new_tokens), np.int32)
@@ -241,23 +246,39 @@ def _options(
         )
     if slots < 0:
         raise InputError(f"slots must be 0 (all rows) or more, got {slots}")
+    eos_ids = tuple(int(i) for i in np.atleast_1d(np.asarray(eos_ids, np.int64)))
+    if eos_ids and not 0 <= min(eos_ids) <= max(eos_ids) < vocab_size:
+        raise InputError(f"eos_ids must lie in 0 .. {vocab_size - 1}, got {eos_ids}")
+    if stop_table is not None:
+        kind, shape = getattr(stop_table, "dtype", type(stop_table).__name__), np.shape(stop_table)
+        if kind != np.int32 or len(shape) != 2 or shape[0] < 2 or shape[1] != vocab_size:
+            raise InputError(
+                f"stop_table must be int32 [states, {vocab_size}], got {kind} {shape}: it is "
+                "`stopping.stop_table` of the model's own tokenizer and vocabulary"
+            )
     # device_put: explicit, so that a caller's transfer guard lets it pass
     drawing = {"temperature": jax.device_put(np.float32(temperature or 1.0))}
     if top_p < 1:
         drawing["top_p"] = jax.device_put(np.float32(top_p))
     if min_p > 0:
         drawing["min_p"] = jax.device_put(np.float32(min_p))
+    if stop_table is not None:
+        drawing["stop_table"] = stop_table
     return {
         "budgets": budgets,
         "row_ids": jax.device_put(row_ids),
         "length": length,
         "slots": min(slots or rows, rows),
-        "eos_ids": tuple(int(i) for i in np.atleast_1d(np.asarray(eos_ids, np.int32))),
+        "eos_ids": eos_ids,
         "pad_id": int(pad_id),
         "greedy": temperature == 0,
         "top_k": int(top_k),
         "drawing": drawing,
     }
+
+
+def _vocab_size(model, params) -> int:
+    return jax.eval_shape(model.unembed, params).shape[-1]
 
 
 # ------------------------------------------------------------------------------ the host's part
@@ -298,7 +319,7 @@ def _roll_out(
     Args:
       ids, mask: [P, M], every context's last token in the last column.
       budgets: [B] numpy; rows with a budget of 0 are never decoded.
-      drawing, static: `draw`'s arrays; its static options and eos_ids.
+      drawing, static: `draw`'s arrays and the stop table; its static options and eos_ids.
     """
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
         model, params = model.one_block_per_layer(params)
@@ -311,6 +332,8 @@ def _roll_out(
     (contexts, width), refilled = ids.shape, slots < len(budgets)
     places = min(contexts, slots) if rolling else contexts
     chunk = slots // 8 // shards if places < contexts else PREFILL_TOKENS // width
+    if "stop_table" in drawing:
+        drawing["stop_table"] = _replicate(drawing["stop_table"], place)
     run = _Run(
         model, params, shards, ids, mask, decoding.row_keys(key, row_ids),
         _replicate(budgets, place), group_size, length, pad_id, place,
@@ -326,7 +349,7 @@ def _roll_out(
     )
     state = decoding.start(
         model, contexts, run.keys, slots=slots, columns=run.columns[0], rows=len(budgets),
-        length=length, pad_id=pad_id, place=place,
+        length=length, pad_id=pad_id, place=place, stops="stop_table" in drawing,
     )  # fmt: skip
     if rolling:
         state, contexts = _warm_up(run, state, contexts)
@@ -478,8 +501,10 @@ def _warm_up(run: _Run, state, contexts):
     options = tuple((k, v) for k, v in run.settings.items() if not isinstance(v, jax.Array))
     arrays = (contexts.hidden, run.ids, state.ids, run.keys)
     shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
-    shapes += (tuple(sorted(run.settings)), state.ids.sharding)
-    key = (run.model, options, shapes, run.group_size, run.chunk, *run.sizes, *run.columns)
+    drawing = ((k, v.shape) for k, v in run.settings.items() if isinstance(v, jax.Array))
+    shapes += (tuple(sorted(drawing)), state.ids.sharding)
+    sizes = (*run.sizes, *run.columns, *run.widths)
+    key = (run.model, options, shapes, run.group_size, run.chunk, sizes)
     if key in _COMPILED:
         return state, contexts
     _COMPILED.add(key)

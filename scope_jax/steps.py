@@ -105,7 +105,7 @@ def step_texts(
       left out. None where there is no exact text: bytes that are no UTF-8, a cut inside a
       character, or a special token before the end. A row without steps gives [].
     """
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     return [
         _exact_pieces(tokenizer.decode, _body(row[keep], special), ends[real].tolist(), special)
         for row, keep, ends, real in zip(
@@ -116,7 +116,7 @@ def step_texts(
 
 def exact_text(tokenizer: Any, ids: list[int]) -> str | None:
     """Returns the text of tokens; None for bytes that are no UTF-8, or with a special token."""
-    pieces = _exact_pieces(tokenizer.decode, ids, [len(ids)], _special_ids(tokenizer))
+    pieces = _exact_pieces(tokenizer.decode, ids, [len(ids)], special_ids(tokenizer))
     return None if pieces is None else pieces[0]
 
 
@@ -131,10 +131,11 @@ def survives(tokenizer: Any, text: str) -> bool:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: Any) -> set[int]:
     """Returns all special ids; `all_special_ids` has only those that an attribute names."""
+    named = getattr(tokenizer, "all_special_ids", ())
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return {*named, *(i for i, token in added.items() if token.special)}
 
 
 def _marks(tokenizer: Any) -> set[str]:

@@ -19,13 +19,15 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def model_teacher(continue_fn, *, policy_eos_id: int) -> Teacher:
+def model_teacher(continue_fn, *, policy_eos_id: int, eos_ids=None) -> Teacher:
     """A second language model with the policy's tokenizer.
 
     Args:
       continue_fn: (requests, key) -> Rollouts of the continuations, at most U tokens;
         `sampling.continue_from` with the teacher's model, params and end tokens bound.
       policy_eos_id: takes the place of the teacher's own end token.
+      eos_ids: the teacher's. A row that ended otherwise, by a stop string, keeps its last token.
+        Default: every row that ended did so by an end token.
     """
 
     def teach(requests: CorrectionRequests, key) -> Continuations:
@@ -33,6 +35,8 @@ def model_teacher(continue_fn, *, policy_eos_id: int) -> Teacher:
         ids, mask = np.array(written.completion_ids), written.completion_mask
         last = np.maximum(mask.sum(-1) - 1, 0)
         rows = np.flatnonzero(written.finished)
+        if eos_ids is not None:
+            rows = rows[np.isin(ids[rows, last[rows]], eos_ids)]
         ids[rows, last[rows]] = policy_eos_id
         return Continuations(ids=ids, mask=mask, logps=written.logps, stopped=written.finished)
 
@@ -49,6 +53,7 @@ def text_teacher(
     max_new_tokens: int,
     prompt_bucket: int,
     prefix_bucket: int,
+    eos_ids=None,
 ) -> Teacher:
     """A second language model with another tokenizer: it reads and writes exact text.
 
@@ -62,9 +67,10 @@ def text_teacher(
         prefix_length, budgets [C], key) -> Rollouts of the continuations, in teacher tokens.
       tokenizer: the policy's; teacher_tokenizer: the teacher's.
       render: problem -> the teacher's prompt text.
-      policy_eos_id: ends every continuation.
+      policy_eos_id: ends every continuation that the teacher ended by a token of its own.
       max_new_tokens: U.
       prompt_bucket, prefix_bucket: teacher tokens; a longer prompt or prefix is not aligned.
+      eos_ids: as `model_teacher`'s.
     """
 
     def encode(record, prefix: str | None) -> tuple[list[int], list[int]] | None:
@@ -106,12 +112,14 @@ def text_teacher(
             context = prefix_ids[row, : lengths[row]].tolist()
             kept = requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
             new = written.completion_ids[row][written.completion_mask[row]].tolist()
-            tokens = carry_back(kept, context, new[:-1])  # without the teacher's own end token
+            end = [policy_eos_id] if eos_ids is None or new[-1] in eos_ids else []
+            new = new[: len(new) - len(end)]  # without the teacher's own end token
+            tokens = carry_back(kept, context, new)
             if tokens is None:
                 unaligned[row] = True
                 continue
-            stopped[row] = len(tokens) < budgets[row]
-            tokens = [*tokens, policy_eos_id] if stopped[row] else tokens[: budgets[row]]
+            stopped[row] = len(tokens) + len(end) <= budgets[row]
+            tokens = [*tokens, *end] if stopped[row] else tokens[: budgets[row]]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
         return Continuations(ids, mask, np.zeros(shape, np.float32), stopped, unaligned)
 

@@ -81,7 +81,7 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
     with run.timer("sample"):
         prompts = policy.tokenize(records)
         prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
-        options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, **config.sample}
+        options = {k: v for k, v in config.sample.items() if k != "stop"} | policy.ends
         model, params = decoding_layout(policy.model, params, policy.mesh)  # a copy, gone on return
         rollouts = generate(model, params, prompt_ids, prompt_mask, key, **options)
         rollouts = jax.device_get(rollouts)

@@ -314,7 +314,7 @@ def get_records(args) -> list[dict]:
         label_problems(
             args.policy or args.model, args.data, made, problems=args.problems, tries=args.tries,
             samples=args.samples, max_new_tokens=args.max_new_tokens, splitter=args.splitter,
-            seed=args.seed, reward_fn=load_object(args.reward, "--reward"),
+            seed=args.seed, reward_fn=load_object(args.reward, "--reward"), stop=args.stop,
         )  # fmt: skip
     return read_step_labels(made, "trl")
 
@@ -455,6 +455,7 @@ def make_parser() -> argparse.ArgumentParser:
     mc.add_argument("--samples", type=int, default=4, help="solutions per problem")
     mc.add_argument("--tries", type=int, default=4, help="continuations per step")
     mc.add_argument("--max-new-tokens", type=int, default=256)
+    mc.add_argument("--stop", nargs="+", default=[], help="strings that end a solution")
     mc.add_argument("--reward", default="scope_jax.rewards:verify", help="module:function")
     mc.add_argument("--splitter", default="\n", help="between steps, as in steps.splitter")
     return parser

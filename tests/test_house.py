@@ -12,7 +12,7 @@ PACKAGE = ROOT / "scope_jax"
 FLOORS = [
     ["records", "methods", "configlib"],
     ["sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
-    + ["calibration", "drawing"],
+    + ["calibration", "drawing", "stopping"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.safetensors_files", "models.hf"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
@@ -26,7 +26,7 @@ SAME_FLOOR = {
     ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
     ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),
     ("models.decoding", "models.kv_cache"),
-    ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"),
+    ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),
     ("tasks.math_problems", "data"), ("step_labels", "data"),
     ("evaluate", "roles"), ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),
 }  # fmt: skip

@@ -55,6 +55,7 @@ class Decoding:
     count: jax.Array  # [S] int32, tokens drawn
     token: jax.Array  # [S] int32, the last of them: not read by the model yet
     live: jax.Array  # [S] bool, will draw another token
+    stop_state: jax.Array | None  # [S] int32, of the stop table; None without one
     ids: jax.Array  # [B, T] int32
     logps: jax.Array  # [B, T] float32
     sampling_logps: jax.Array  # [B, T] float32
@@ -195,8 +196,10 @@ def _placed(tree, place: NamedSharding | None):
     return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
 
 
-@program(static=("model", "slots", "columns", "rows", "length", "pad_id", "place"))
-def start(model, contexts, row_keys, *, slots, columns, rows, length, pad_id, place) -> Decoding:
+@program(static=("model", "slots", "columns", "rows", "length", "pad_id", "place", "stops"))
+def start(
+    model, contexts, row_keys, *, slots, columns, rows, length, pad_id, place, stops
+) -> Decoding:  # fmt: skip
     """Returns free slots."""
     rolling = isinstance(contexts.cache, KVCache)
     of_slots = jnp.zeros(slots, jnp.int32)
@@ -210,6 +213,7 @@ def start(model, contexts, row_keys, *, slots, columns, rows, length, pad_id, pl
         count=of_slots,
         token=of_slots,
         live=jnp.zeros(slots, bool),
+        stop_state=of_slots if stops else None,
         ids=jnp.full((rows, length), pad_id, jnp.int32),
         logps=jnp.zeros((rows, length), jnp.float32),
         sampling_logps=jnp.zeros((rows, length), jnp.float32),
@@ -254,6 +258,7 @@ def admit(model, params, state, contexts, row_keys, budgets, new, prompt_at, *, 
         budget=of_row(budgets, state.budget),
         start=jnp.where(enters, contexts.start[prompt_at], state.start),
         count=jnp.where(enters, 0, state.count),
+        stop_state=jax.tree.map(lambda x: jnp.where(enters, 0, x), state.stop_state),
     )
     hidden, unembed = contexts.hidden[prompt_at], model.unembed(params)
     state = _draw_next(state, hidden, enters, unembed, place=place, **settings)
@@ -317,7 +322,9 @@ def _whole_rows(logits, place: NamedSharding | None):
     return logits if logits.shape[0] % place.mesh.size else put(logits, whole)
 
 
-def _draw_next(state, hidden, draws, unembed, *, place, impl, eos_ids, temperature, **drawing):
+def _draw_next(
+    state, hidden, draws, unembed, *, place, impl, eos_ids, temperature, stop_table=None, **drawing
+):  # fmt: skip
     """Draws a token for the rows in `draws` [S] bool, given the hidden state before it [S, D]."""
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key, impl=impl), state.count)
     logits = _whole_rows(hidden @ unembed.astype(hidden.dtype), place).astype(jnp.float32)
@@ -328,11 +335,16 @@ def _draw_next(state, hidden, draws, unembed, *, place, impl, eos_ids, temperatu
     at = (jnp.where(draws, state.row, state.length.shape[0]), state.count)  # others fall outside
     count = state.count + draws
     ends = (token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None, :]).any(-1)
+    stop_state = state.stop_state
+    if stop_table is not None:
+        stop_state = jnp.where(draws, stop_table[stop_state, token], stop_state)
+        ends |= stop_state == stop_table.shape[0] - 1
     return dataclasses.replace(
         state,
         count=count,
         token=jnp.where(draws, token, state.token),
         live=jnp.where(draws, ~ends & (count < state.budget), state.live),
+        stop_state=stop_state,
         ids=state.ids.at[at].set(token, mode="drop"),
         logps=state.logps.at[at].set(logp, mode="drop"),
         sampling_logps=state.sampling_logps.at[at].set(sampling_logp, mode="drop"),
@@ -348,12 +360,14 @@ def move(state, keep, first, *, columns, place) -> Decoding:
     Args:
       keep: [D, S / D] int32, see `take_in_shards`.
     """
-    of_slots = ("row", "key", "start", "budget", "count", "token", "live")
+    of_slots = ("row", "key", "start", "budget", "count", "token", "live", "stop_state")
+    kept = {name: getattr(state, name) for name in of_slots}
+    kept = jax.tree.map(lambda x: take_in_shards(x, keep), kept)
     moved = dataclasses.replace(
         state,
         cache=move_rows(state.cache, keep, first, columns),
         filled=state.filled - first,
-        **{name: take_in_shards(getattr(state, name), keep) for name in of_slots},
+        **kept,
     )
     return _placed(moved, place)
 
