@@ -75,6 +75,17 @@ def test_model_teacher_writes_the_policy_s_end_token_for_its_own():
     assert len(asked) == 1 and asked[0][0] is given and asked[0][1] is key
 
 
+def test_a_row_that_a_stop_string_ended_keeps_its_last_token():
+    ids, mask = np.array([[3, 9], [3, TEACHER_EOS], [3, 9]]), np.ones((3, 2), bool)
+    finished = np.array([True, True, False])
+    rollouts = Rollouts(None, None, ids, mask, mask, mask, mask, finished)
+    given = requests(["a"] * 3, [2] * 3, [{}] * 3)
+    teach = model_teacher(lambda *_: rollouts, policy_eos_id=7, eos_ids=(TEACHER_EOS, 8))
+    written = teach(given, jax.random.key(0))
+    assert written.ids.tolist() == [[3, 9], [3, 7], [3, 9]]
+    assert written.stopped.tolist() == finished.tolist()
+
+
 # --- A worked solution ----------------------------------------------------------------------------
 
 CLIPS = "In May 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72"

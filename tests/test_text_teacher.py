@@ -44,7 +44,7 @@ def ended(text: str, tokenizer=TEACHER):
     return [*encode(tokenizer, text), tokenizer.eos_token_id], True
 
 
-def teach(script, prefixes, budgets=None, policy=POLICY, teacher=TEACHER, problem="p"):
+def teach(script, prefixes, budgets=None, policy=POLICY, teacher=TEACHER, problem="p", **options):
     """Runs the teacher on rows of prefixes, texts or policy ids; what lies behind is not read."""
     prefixes = [encode(policy, p) if isinstance(p, str) else list(p) for p in prefixes]
     prefix_ids = np.full((len(prefixes), 20), 7, np.int32)
@@ -61,6 +61,7 @@ def teach(script, prefixes, budgets=None, policy=POLICY, teacher=TEACHER, proble
     write = text_teacher(
         script, policy, teacher, lambda problem: f"Q: {problem}?", max_new_tokens=U,
         policy_eos_id=policy.eos_token_id, prompt_bucket=PROMPT_BUCKET, prefix_bucket=PREFIX_BUCKET,
+        **options,
     )  # fmt: skip
     written = write(given, jax.random.key(3))
     assert written.ids.shape == written.mask.shape == written.logps.shape == (len(prefixes), U)
@@ -176,6 +177,14 @@ def test_continuation_and_its_end_must_fit_the_budget():
     assert written == [[*xyz, EOS], xyz, xyz[:2], xyz[:1]]
     assert out.stopped.tolist() == [True, False, False, False]
     assert not out.unaligned.any()  # an exact text, only too long
+
+
+def test_text_that_a_stop_string_ended_gets_no_end_token():
+    stopped, xyz = (encode(TEACHER, "xyz"), True), encode(POLICY, "xyz")
+    rows, budgets = [stopped, stopped, ended("xyz"), ended("xyz")], [3, 2, 4, 3]
+    _, written, out = teach(Script(*rows), ["a"] * 4, budgets, eos_ids=(TEACHER_EOS,))
+    assert written == [xyz, xyz[:2], [*xyz, EOS], xyz]
+    assert out.stopped.tolist() == [True, False, True, False]
 
 
 def test_unfinished_continuation_is_not_stopped_and_no_failure():

@@ -1,6 +1,7 @@
 """The whole loop on eight virtual devices: identities, resume, what it writes and refuses."""
 
 import collections
+import importlib
 import json
 import pathlib
 import re
@@ -110,6 +111,37 @@ def test_appending_without_an_accepted_repair_is_dr_grpo(tmp_path):
     params = run(tmp_path / "a", one, "--config.correct.insert=append", "--config.locate.tau=0.0")
     expected = run(tmp_path / "b", one, "--config.method=dr_grpo")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+
+
+def test_stop_strings_end_the_rows_of_policy_teacher_and_evaluation(tmp_path, monkeypatch):
+    asked = []
+    for module in ("train", "evaluate", "roles"):
+        name = "continue_from" if module == "roles" else "generate"
+        sampler = getattr(importlib.import_module(f"scope_jax.{module}"), name)
+
+        def spy(*args, sampler=sampler, module=module, **options):
+            asked.append((module, options["stop_table"].shape))
+            return sampler(*args, **options)
+
+        monkeypatch.setattr(f"scope_jax.{module}.{name}", spy)
+    stop = r'--config.sample.stop=("\n",)'  # the first line of a worksheet
+    run(tmp_path / "run", stop, "--config.correct.accept=any", "--config.locate.locator=zero",
+        "--config.select.min_prefix_steps=0")  # fmt: skip
+    assert set(asked) == {(module, (2, 223)) for module in ("train", "evaluate", "roles")}
+    files = sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))
+    records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
+    ended = [r["completion"] for r in records if r["finished"]]
+    assert ended and all(text.find("\n") in (-1, len(text) - 1) for text in ended)
+    assert any(text.endswith("\n") for text in ended)
+    assert [row["recompiles"] for row in training_rows(tmp_path / "run")] == [0, 0]
+
+
+def test_bad_stop_strings_stop_a_run_before_it_begins(tmp_path, capsys):
+    config = ["--config", WORKSHEET, "--workdir", str(tmp_path / "run")]
+    for stop, message in [('("",)', "none of them empty"), ("(')')", "is not a tuple")]:
+        assert main([*config, f"--config.sample.stop={stop}"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_goes_on_as_if_it_had_never_stopped(tmp_path, scope_run):
