@@ -143,8 +143,8 @@ def test_frequencies_over_several_blocks(options):
     probs = truncated_probs(log_softmax(logits[None]), **options)[0]
     keys = jax.random.split(jax.random.key(1), (count // 1000, 1000))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (1000, vocab))
-    one = jax.jit(lambda keys: draw(rows, keys, temperature=1.0, **options)[0])
-    token = np.concatenate([one(part) for part in keys])
+    one = jax.jit(lambda rows, keys: draw(rows, keys, temperature=1.0, **options)[0])
+    token = np.concatenate([one(rows, part) for part in keys])
     got = np.bincount(token, minlength=vocab)
     assert (got[probs == 0] == 0).all()
     often = count * probs > 8

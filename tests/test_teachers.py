@@ -76,13 +76,13 @@ def test_model_teacher_writes_the_policy_s_end_token_for_its_own():
 
 
 def test_a_row_that_a_stop_string_ended_keeps_its_last_token():
-    ids, mask = np.array([[3, 9], [3, TEACHER_EOS], [3, 9]]), np.ones((3, 2), bool)
+    ids, mask = np.array([[3, 5], [3, TEACHER_EOS], [3, 5]]), np.ones((3, 2), bool)
     finished = np.array([True, True, False])
     rollouts = Rollouts(None, None, ids, mask, mask, mask, mask, finished)
     given = requests(["a"] * 3, [2] * 3, [{}] * 3)
     teach = model_teacher(lambda *_: rollouts, policy_eos_id=7, eos_ids=(TEACHER_EOS, 8))
     written = teach(given, jax.random.key(0))
-    assert written.ids.tolist() == [[3, 9], [3, 7], [3, 9]]
+    assert written.ids.tolist() == [[3, 5], [3, 7], [3, 5]]
     assert written.stopped.tolist() == finished.tolist()
 
 

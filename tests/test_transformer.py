@@ -454,7 +454,9 @@ def test_remat_recomputes_and_gives_the_same_gradients():
     assert all(
         np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want)
     )  # every weight takes part
-    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Sums that almost cancel round at the size of their terms, so the bar is the leaf's size.
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
 
 
 def test_hidden_has_the_dtype_of_the_computation():
