@@ -19,7 +19,7 @@ from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import load_prm, save_prm, score_steps
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, Rollouts, StepScores
 from scope_jax.rewards import verify
-from scope_jax.sampling import continue_from, generate
+from scope_jax.sampling import continue_from, decoding_layout, generate
 from scope_jax.splicing import splice
 from scope_jax.steps import segment_steps
 
@@ -27,8 +27,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAD", "POLICY", "TEACHER", "InputError", "Rollouts", "StepScores", "Transformer",
-    "TransformerConfig", "continue_from", "distinct_n", "equation_diversity", "first_error_step",
-    "generate", "group_advantages", "load_hf", "load_prm", "pass_at_k", "policy_loss",
-    "prefix_length", "save_hf", "save_prm", "score_steps", "segment_steps",
+    "TransformerConfig", "continue_from", "decoding_layout", "distinct_n", "equation_diversity",
+    "first_error_step", "generate", "group_advantages", "load_hf", "load_prm", "pass_at_k",
+    "policy_loss", "prefix_length", "save_hf", "save_prm", "score_steps", "segment_steps",
     "self_bleu", "shape_off_policy", "splice", "textual_diversity", "token_logps", "verify",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from scope_jax.evaluate_prm import evaluate_prm, print_report
 from scope_jax.records import InputError
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
-from scope_jax.sampling import generate
+from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import put_batch
 
 
@@ -67,6 +67,8 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
         {"test": "", "ood": "ood_"} if options.pop("ood") else {"test": ""},
     )
     key = jax.device_put(jax.random.key(config.seed + 1))
+    model, params = decoding_layout(policy.model, params, policy.mesh)
+    policy = policy._replace(model=model)
     results = {}
     for split, prefix in splits.items():
         source = policy.problems(split)

@@ -19,7 +19,7 @@ from scope_jax.data import render_prompt, tokenize_prompts
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.records import InputError, Rollouts
 from scope_jax.rewards import score_completions, verify
-from scope_jax.sampling import continue_from, generate
+from scope_jax.sampling import continue_from, decoding_layout, generate
 from scope_jax.steps import segment_steps, step_texts
 from scope_jax.tasks.math_problems import read_problems
 
@@ -165,7 +165,7 @@ def label_problems(
     """
     records = read_problems(data)[:problems]
     tokenizer, eos_ids = load_tokenizer(policy)
-    model, params = load_hf(policy)
+    model, params = decoding_layout(*load_hf(policy))
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     labeller = Labeller(
         model, params, tokenizer, {"eos_ids": eos_ids, "pad_id": pad_id}, rows=rows, **labelling

@@ -33,7 +33,7 @@ from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import PRM, save_prm, score_steps
 from scope_jax.records import InputError
-from scope_jax.sampling import generate
+from scope_jax.sampling import decoding_layout, generate
 from scope_jax.steps import segment_steps
 from scope_jax.tasks import worksheet
 
@@ -263,9 +263,10 @@ def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
     save_hf(out / "policy", model, shrink(params), tokenizer)
     save_hf(out / "teacher", model, shrink(teacher), tokenizer)
     save_prm(out / "prm", prm, shrink(prm_params), tokenizer)
+    policy, teacher = decoding_layout(model, params), decoding_layout(model, teacher)
     return {
-        "policy_pass@1": {f"n={n}": solve_rate(model, params, tokenizer, n) for n in (5, 6, 7)},
-        "teacher_pass@1": {f"n={n}": solve_rate(model, teacher, tokenizer, n) for n in (5, 6, 7)},
+        "policy_pass@1": {f"n={n}": solve_rate(*policy, tokenizer, n) for n in (5, 6, 7)},
+        "teacher_pass@1": {f"n={n}": solve_rate(*teacher, tokenizer, n) for n in (5, 6, 7)},
         "prm": first_error_accuracy(prm, prm_params, held_out),
         "params": sum(x.size for x in jax.tree.leaves(params)),
     }

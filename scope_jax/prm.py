@@ -40,6 +40,8 @@ from scope_jax.models.transformer import Transformer, Weight, declare, init_para
 from scope_jax.prm_formats import PRMFormat, PRMInput, PRMTexts, pad_inputs
 from scope_jax.records import InputError, StepScores
 
+_BATCH_TOKENS = 8192  # of `score_solutions`' forwards, unless one solution is longer
+
 # head -> the layout of text that its published models were trained on
 HEADS = {
     "mlp2_at_token": "qwen_math",
@@ -209,7 +211,8 @@ def score_solutions(
     Args:
       prm, params, tokenizer: of one PRM directory.
       problems: N texts; steps: N lists of step texts.
-      batch_size: solutions a forward; they are sorted by length, so that little is padded.
+      batch_size: solutions a forward, fewer where they are long; they are sorted by length, so that
+        little is padded.
       max_length: tokens of the longest solution that is scored (default: the PRM's context).
       progress: called with the number of solutions scored so far.
     Returns:
@@ -221,18 +224,22 @@ def score_solutions(
     fitting = [(i, item) for i, item in enumerate(inputs) if item and len(item.ids) <= limit]
     fitting.sort(key=lambda pair: len(pair[1].ids))
     results: list[np.ndarray | None] = [None] * len(inputs)
-    for start in range(0, len(fitting), batch_size):
-        rows = fitting[start : start + batch_size]
+    done = 0
+    while done < len(fitting):
+        longest = len(fitting[min(done + batch_size, len(fitting)) - 1][1].ids)
+        size = max(1, min(batch_size, _BATCH_TOKENS // longest))  # attention scores are size * n**2
+        rows = fitting[done : done + size]
         width = -(-len(rows[-1][1].ids) // 64) * 64  # few shapes, few compilations
         num_steps = -(-max(len(item.reads) for _, item in rows) // 16) * 16
-        filling: list[PRMInput | None] = [None] * (batch_size - len(rows))
+        filling: list[PRMInput | None] = [None] * (size - len(rows))
         padded = pad_inputs([item for _, item in rows] + filling, width=width, num_steps=num_steps)
         scored = jax.device_get(score_steps(prm, params, **jax.device_put(padded)))
         for row, (i, _) in enumerate(rows):
             real = scored.mask[row]
             results[i] = scored.scores[row][real] if real.any() else None
+        done += len(rows)
         if progress is not None:
-            progress(min(start + batch_size, len(fitting)))
+            progress(done)
     return results
 
 

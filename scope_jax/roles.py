@@ -19,9 +19,9 @@ from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
-from scope_jax.sampling import continue_from
+from scope_jax.sampling import continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
-from scope_jax.sharding import make_mesh, put_batch, replicate
+from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate
 from scope_jax.splicing import INSERT
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
 
@@ -216,7 +216,10 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
         return dataset_teacher(policy.tokenizer, **end)
     if config.teacher.kind != "model":
         raise InputError(f'teacher.kind must be "model" or "dataset", got {config.teacher.kind!r}')
-    model, params = load_hf(config.teacher.path, mesh=policy.mesh, dtype=config.model.dtype)
+    model, params = load_hf(
+        config.teacher.path, mesh=policy.mesh, rules=DECODING, dtype=config.model.dtype
+    )
+    model, params = decoding_layout(model, params, policy.mesh)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
     sampling = {
         "eos_ids": eos_ids,

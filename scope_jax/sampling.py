@@ -15,7 +15,9 @@ A row's randomness is fold_in(fold_in(key, row id), column): its tokens depend o
 neighbours nor slots, segments or buckets.
 """
 
+import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +27,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scope_jax.models import decoding
 from scope_jax.models.decoding import program
 from scope_jax.models.kv_cache import KVCache, SharedPrompts
-from scope_jax.models.transformer import Transformer
+from scope_jax.models.transformer import Transformer, declare
 from scope_jax.records import InputError, Rollouts
+from scope_jax.sharding import DECODING, Rules, shardings, spec
 
 FEWEST_SLOTS = 4  # below it a step costs the same
 FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
 BUCKETS = 4  # sizes of the slots, and of the cache, that programs are compiled for
-PREFILL_TOKENS = 16384  # read in one forward
+FEWEST_COLUMNS = 48  # of a context: narrower ones are read no faster
+PREFILL_TOKENS = 4096  # read in one forward, by each batch shard of a mesh
 
 
 def generate(
@@ -72,7 +76,8 @@ def generate(
       buffer_length: T of the result (default: the largest budget). Set it where budgets vary from
         call to call.
       slots: rows decoded at a time (0 = all): the others wait for a free one. It bounds the memory
-        of the completions' keys and values (the prompts' are all held) and changes no row's tokens.
+        of keys and values, of completions and of the prompts that they go on from, and changes no
+        row's tokens.
     Returns:
       Rollouts of B rows.
     Raises:
@@ -156,6 +161,54 @@ def continue_from(
     return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
+def decoding_layout(model, params, mesh=None, rules: Rules = DECODING):
+    """Returns (model, params) as decoding wants them, for `generate` and `continue_from`.
+
+    To be called once for weights that are sampled from, a training step's say. The weights are
+    resharded (gathered from `fsdp` once, where the decode loop would gather them for every token),
+    cast to the dtype of the computation, and on a CPU cut into an array per layer. No sampled token
+    depends on it. `params` stay as they are; what is returned is a copy unless nothing had to
+    change, and its memory is free again when the caller lets go of it: do so before an update.
+
+    Args:
+      model, params: another model than `Transformer` is returned as it is.
+      mesh: the params'; None or a single device: only the dtype and the cut.
+      rules: see sharding.py.
+    """
+    if not isinstance(model, Transformer) or model.blocks:
+        return model, params
+    split = jax.default_backend() == "cpu"
+    where = shardings(declare(model.config), mesh, rules) if mesh and mesh.size > 1 else None
+    dtype = np.dtype(model.config.dtype)
+    as_is = jax.tree.map(lambda x: x.dtype == dtype, params)
+    if where is not None:
+        as_is = jax.tree.map(
+            lambda x, s, same: same and x.sharding.is_equivalent_to(s, x.ndim), params, where, as_is
+        )
+    if not split and all(jax.tree.leaves(as_is)):
+        return model, params
+    params = _layout_program(model, mesh if where else None, rules, split)(params)
+    blocks = (1,) * model.config.num_layers if split else ()
+    return dataclasses.replace(model, blocks=blocks), params
+
+
+@functools.cache
+def _layout_program(model, mesh, rules, split: bool):
+    def lay_out(params):
+        params = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
+        return model.one_block_per_layer(params)[1] if split else params
+
+    if mesh is None:
+        return jax.jit(lay_out)
+    declared = declare(model.config)
+    where = shardings(declared, mesh, rules)
+    if split:  # an array per layer lies as the stack of all does
+        unembed = NamedSharding(mesh, spec(("embed", "vocab"), rules))
+        layers = (where["layers"],) * model.config.num_layers
+        where = {**where, "layers": layers, "unembed": unembed}
+    return jax.jit(lay_out, out_shardings=where)
+
+
 def _check_prompts(prompt_ids, prompt_mask) -> None:
     if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
         raise InputError(
@@ -210,6 +263,32 @@ def _options(
 # ------------------------------------------------------------------------------ the host's part
 
 
+class _Run(NamedTuple):
+    """What one call decodes with, fixed from its beginning to its end."""
+
+    model: Any
+    params: Any
+    shards: int  # D, parts of a mesh that the rows are split over: each decodes its own prompts'
+    ids: jax.Array  # [P, M], every context's last token in the last column
+    mask: jax.Array  # [P, M]
+    keys: jax.Array  # [B, ..] data of the rows' keys
+    budgets: jax.Array  # [B]
+    group_size: int
+    length: int  # T
+    pad_id: int
+    place: NamedSharding | None  # how slots, rows and contexts are split over a mesh
+    settings: dict  # of `decoding.admit` and `decoding.segment`
+    rolling: bool  # the cache can grow and be refilled: a KVCache
+    refilled: bool  # rows wait for slots
+    sizes: list[int]  # numbers of slots,
+    columns: list[int]  # columns of the completions' cache,
+    widths: list[int]  # and of contexts that programs are compiled for
+    chunk: int  # contexts that a shard reads in one forward
+
+    def put(self, tree):
+        return _replicate(tree, self.place)
+
+
 def _roll_out(
     model, params, ids, mask, key, *, group_size, budgets, row_ids, length, slots, pad_id, drawing,
     **static,
@@ -223,118 +302,220 @@ def _roll_out(
     """
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
         model, params = model.one_block_per_layer(params)
-    place = _batch_sharding(ids)
-    put = functools.partial(_replicate, place=place)
-    if slots % _batch_shards(ids):
+    place, shards = _batch_sharding(ids), _batch_shards(ids)
+    if slots % shards:
         raise InputError(
-            f"slots={slots} does not divide over the {_batch_shards(ids)} batch shards of the mesh"
+            f"slots={slots} does not divide over the {shards} batch shards of the mesh"
         )
-    contexts = _prefill_all(model, params, ids, mask, length)
-    rolling = isinstance(contexts.cache, KVCache)  # other caches can neither grow nor be refilled
-    waiting, occupant = np.flatnonzero(budgets > 0), np.full(slots, -1)  # numbers of rows
-    sizes = slot_buckets(slots, _batch_shards(ids)) if rolling else [slots]
-    widths = column_buckets(length, refilled=slots < len(budgets)) if rolling else [0]
-    of_rows = (decoding.row_keys(key, row_ids), put(budgets))
+    rolling = isinstance(model, Transformer)  # other caches can neither grow nor be refilled
+    (contexts, width), refilled = ids.shape, slots < len(budgets)
+    places = min(contexts, slots) if rolling else contexts
+    chunk = slots // 8 // shards if places < contexts else PREFILL_TOKENS // width
+    run = _Run(
+        model, params, shards, ids, mask, decoding.row_keys(key, row_ids),
+        _replicate(budgets, place), group_size, length, pad_id, place,
+        {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
+        rolling=rolling, refilled=refilled,
+        sizes=slot_buckets(slots, shards) if rolling else [slots],
+        columns=column_buckets(length, refilled=refilled) if rolling else [0],
+        widths=context_buckets(width) if rolling else [width],
+        chunk=min(max(1, chunk), places // shards) if rolling else contexts // shards,
+    )  # fmt: skip
+    contexts = decoding.no_contexts(
+        model, params, ids, mask, places=places, length=length, place=place
+    )
     state = decoding.start(
-        model, contexts, of_rows[0], slots=slots, columns=widths[0], rows=len(budgets),
+        model, contexts, run.keys, slots=slots, columns=run.columns[0], rows=len(budgets),
         length=length, pad_id=pad_id, place=place,
     )  # fmt: skip
-    settings, prompts = (
-        {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
-        None,
-    )
-    move = functools.partial(decoding.move, place=place)
-    finish = functools.partial(decoding.finish, pad_id=pad_id)
     if rolling:
-        state = _warm_up(
-            model, params, state, contexts, of_rows, group_size, sizes, widths,
-            slots < len(budgets), move, finish, put, settings,
-        )  # fmt: skip
+        state, contexts = _warm_up(run, state, contexts)
+    waiting = [part[budgets[part] > 0] for part in np.split(np.arange(len(budgets)), shards)]
+    return _decode(run, state, contexts, waiting)
+
+
+def _decode(run: _Run, state, contexts, waiting: list) -> dict[str, jax.Array]:
+    """Runs the programs until no row waits or lives.
+
+    Args:
+      waiting: for each shard the rows to be decoded, in the order in which they enter.
+    """
+    model, params, settings, shards = run.model, run.params, run.settings, run.shards
+    occupant = np.full((shards, len(state.row) // shards), -1)  # the row in each slot, -1 = free
+    homes, prompts = _Homes(run, len(contexts.start)), None
     while True:
-        free = np.flatnonzero(occupant < 0)
-        if len(waiting) and len(free) and (rolling or len(free) == slots):
-            new = np.full(slots, -1)
-            new[free[: len(waiting)]], waiting = waiting[: len(free)], waiting[len(free) :]
-            occupant = np.where(new < 0, occupant, new)
-            prompt_at = np.maximum(occupant, 0) // group_size
-            where, prompts = put((new, prompt_at)), None
-            state = decoding.admit(model, params, state, contexts, *of_rows, *where, **settings)
+        if run.rolling or (occupant < 0).all():
+            new = _next_rows(occupant, waiting)
+            if (new >= 0).any():
+                occupant, prompts = np.where(new < 0, occupant, new), None
+                contexts = homes.read(contexts, occupant)
+                where = run.put((new.ravel(), homes.in_all_shards(occupant).ravel()))
+                state = decoding.admit(
+                    model, params, state, contexts, run.keys, run.budgets, *where, **settings
+                )
         live, count, filled = jax.device_get((state.live, state.count, state.filled))
+        live, count = live.reshape(occupant.shape), count.reshape(occupant.shape)
         occupant = np.where(live, occupant, -1)
-        if not live.any() and not len(waiting):
-            return finish(state)
-        floor = 0
-        if rolling and live.any():
+        waits = np.array([len(rows) > 0 for rows in waiting])
+        if not live.any():
+            if waits.any():
+                continue
+            return decoding.finish(state, pad_id=run.pad_id)
+        floor, enough = np.zeros(shards, np.int32), shards
+        if run.rolling:
             used = int(count[live].max()) - 1  # columns that the oldest live row fills
             while True:
-                now = (len(occupant), state.cache.positions.shape[1])
-                smaller, wider = _moves(now, used, sizes, widths)
-                if smaller and not len(waiting) and live.sum() <= smaller:
-                    shape = (smaller, now[1])
+                now = (occupant.size, state.cache.positions.shape[1])
+                smaller, wider = _moves(now, used, run)
+                fits = 0 if smaller is None or waits.any() else smaller[0] // shards
+                if smaller is not None and live.sum(1).max() <= fits:
+                    shape = smaller
                 elif filled == now[1]:
-                    shape = (now[0], wider)
+                    shape = wider
                 else:
                     break
-                keep = np.argsort(~live, kind="stable")[: shape[0]]  # live ones first
-                where = put((keep, np.int32(filled - used)))
-                state, prompts = move(state, *where, columns=shape[1]), None
-                occupant, live, filled = occupant[keep], live[keep], used
+                keep = np.argsort(~live, axis=1, kind="stable")  # live ones first
+                keep = keep[:, : shape[0] // shards]
+                where = run.put((keep, np.int32(filled - used)))
+                state = decoding.move(state, *where, columns=shape[1], place=run.place)
+                occupant, live = (np.take_along_axis(x, keep, axis=1) for x in (occupant, live))
+                filled, prompts = used, None
             if prompts is None:
-                prompts = _share(contexts.cache, occupant, group_size, put)
-            floor = now[0] - max(1, now[0] // 8) if len(waiting) else smaller
-        floor = put(np.int32(floor))
-        state = decoding.segment(model, params, state, prompts, floor, **settings)
+                prompts = _share(run, contexts.cache, occupant, homes.of(occupant))
+            if smaller:
+                floor += smaller[0] // shards
+            if waits.any():  # until a shard whose rows wait has an eighth of its slots free
+                size = occupant.shape[1]
+                floor, enough = np.where(waits, size - max(1, size // 8), -1), 1
+        until = run.put((floor.astype(np.int32), np.int32(enough)))
+        state = decoding.segment(model, params, state, prompts, *until, **settings)
 
 
-def _moves(now, used: int, sizes, widths) -> tuple[int, int]:
-    """Returns (the next smaller number of slots, 0 = none; the columns to move to when all are
-    filled) from `now` = (slots, columns), of which the oldest live row needs `used`.
+def _next_rows(occupant, waiting: list) -> np.ndarray:
+    """Takes rows off the lists of the D shards; returns the row for each free slot, [D, S / D]; -1
+    where nobody enters.
     """
-    smaller = max((size for size in sizes if size < now[0]), default=0)
+    new = np.full(occupant.shape, -1)
+    for shard, rows in enumerate(waiting):
+        free = np.flatnonzero(occupant[shard] < 0)[: len(rows)]
+        new[shard, free], waiting[shard] = rows[: len(free)], rows[len(free) :]
+    return new
+
+
+class _Homes:
+    """Which place of `Contexts` holds which context: as many as rows in flight can need."""
+
+    def __init__(self, run: _Run, places: int):
+        mask = np.asarray(jax.device_get(run.mask))
+        self.run, self.spans = run, mask.shape[1] - mask.argmax(1)  # columns, from the first token
+        self.held = np.full((run.shards, places // run.shards), -1)  # the context in each place
+        self.place = np.zeros(len(mask), int)  # of each context, within its shard
+
+    def of(self, occupant):
+        """Returns [D, S / D], the place within the shard that each slot's row goes on from (any,
+        for a free slot).
+        """
+        return self.place[np.maximum(occupant, 0) // self.run.group_size]
+
+    def in_all_shards(self, occupant):
+        """Returns the same, counted through all shards."""
+        return self.of(occupant) + self.held.shape[1] * np.arange(self.run.shards)[:, None]
+
+    def read(self, contexts, occupant):
+        """Reads the contexts that `occupant` needs and no place holds; long and short ones in
+        different forwards, each as wide as its longest.
+        """
+        run, missing = self.run, []
+        for shard, held in enumerate(self.held):
+            needed = np.unique(occupant[shard][occupant[shard] >= 0] // run.group_size)
+            new = np.setdiff1d(needed, held)
+            free = np.flatnonzero(~np.isin(held, needed))[: len(new)]
+            held[free], self.place[new] = new, free
+            missing.append(new[np.argsort(self.spans[new], kind="stable")])
+        per_shard = len(self.spans) // run.shards
+        for first in range(0, max(map(len, missing)), run.chunk):
+            rows = np.zeros((run.shards, run.chunk), int)
+            places, longest = np.full_like(rows, self.held.shape[1]), 0
+            for shard, new in enumerate(missing):
+                new = new[first : first + run.chunk]
+                rows[shard, : len(new)] = new - shard * per_shard
+                places[shard, : len(new)] = self.place[new]
+                longest = max(longest, self.spans[new].max(initial=0))
+            contexts = decoding.prefill(
+                run.model, run.params, contexts, run.ids, run.mask, *run.put((rows, places)),
+                width=next(width for width in run.widths if width >= longest), length=run.length,
+                place=run.place,
+            )  # fmt: skip
+        return contexts
+
+
+def _moves(now, used: int, run: _Run):
+    """Returns the shapes (slots, columns) to move to when rows have ended (None: there are no fewer
+    slots) and when all columns are filled, from `now`, of which the oldest live row needs `used`.
+
+    Slots halved k times have at least the k-th number of columns: attention costs no more than it
+    did with all slots and the first, and there are half as many programs to compile.
+    """
+    fewer, last = run.sizes.index(now[0]), len(run.columns) - 1
+    smaller = None
+    if fewer + 1 < len(run.sizes):
+        smaller = (run.sizes[fewer + 1], max(now[1], run.columns[min(fewer + 1, last)]))
     # A quarter of room at least: rows that end and begin must not move the cache at every step.
-    return smaller, next((w for w in widths if w > used + used // 4), widths[-1])
+    roomy = (w for w in run.columns[min(fewer, last) :] if w > used + used // 4)
+    return smaller, (now[0], next(roomy, run.columns[last]))
 
 
 _COMPILED: set = set()  # what `_warm_up` has seen, beside jit's own caches
 
 
-def _warm_up(
-    model, params, state, contexts, of_rows, group_size, sizes, widths, refilled, move, finish, put,
-    settings,
-) -> decoding.Decoding:  # fmt: skip
+def _warm_up(run: _Run, state, contexts):
     """Compiles every program that this call and later ones of its shapes can need.
 
     Which of them a call runs depends on where its rows end: without this a training step long after
-    the first could stop to compile. Nothing is decoded, for no row is live; `state` is returned.
+    the first could stop to compile. Nothing is decoded, for no row is live; (state, contexts) are
+    returned.
     """
-    options = tuple((k, v) for k, v in settings.items() if not isinstance(v, jax.Array))
-    shapes = tuple((x.shape, str(x.dtype)) for x in (contexts.hidden, state.ids, *of_rows))
-    shapes += (contexts.cache.positions.shape, tuple(sorted(settings)), state.ids.sharding)
-    key = (model, options, shapes, group_size, *sizes, *widths)
+    options = tuple((k, v) for k, v in run.settings.items() if not isinstance(v, jax.Array))
+    arrays = (contexts.hidden, run.ids, state.ids, run.keys)
+    shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
+    shapes += (tuple(sorted(run.settings)), state.ids.sharding)
+    key = (run.model, options, shapes, run.group_size, run.chunk, *run.sizes, *run.columns)
     if key in _COMPILED:
-        return state
+        return state, contexts
     _COMPILED.add(key)
-    nobody = put((np.full(sizes[0], -1), np.zeros(sizes[0], int)))
-    state = decoding.admit(model, params, state, contexts, *of_rows, *nobody, **settings)
-    zero, seen, waiting = put(np.int32(0)), set(), [state]
+    model, params, settings = run.model, run.params, run.settings
+    rows = np.zeros((run.shards, run.chunk), int)
+    nothing = run.put((rows, np.full_like(rows, len(contexts.start) // run.shards)))
+    for width in run.widths:
+        contexts = decoding.prefill(
+            model, params, contexts, run.ids, run.mask, *nothing, width=width, length=run.length,
+            place=run.place,
+        )  # fmt: skip
+    nobody = run.put((np.full(run.sizes[0], -1), np.zeros(run.sizes[0], int)))
+    state = decoding.admit(
+        model, params, state, contexts, run.keys, run.budgets, *nobody, **settings
+    )
+    zero, until = run.put((np.int32(0), (np.zeros(run.shards, np.int32), np.int32(run.shards))))
+    slots_of = lambda size: np.tile(np.arange(size // run.shards), (run.shards, 1))  # noqa: E731
+    seen, waiting = set(), [state]
     while waiting:
         at = waiting.pop()
         shape = size, width = len(at.row), at.cache.positions.shape[1]
         if shape in seen:
             continue
         seen.add(shape)
-        place = widths.index(width)
-        wider = widths[0 if refilled else place + 1 : place + 2]
-        targets = [(size, columns) for columns in wider]
-        targets += [(smaller, width) for smaller in sizes if smaller < size][:1]
+        needed = range(1 if run.refilled else width, width + 1)  # unless refilled, all are
+        moves = {target for used in needed for target in _moves(shape, used, run) if target}
+        targets = sorted(moves - {shape} if not run.refilled else moves)
         for slots, columns in targets:
-            keep = put(np.arange(slots))
-            waiting.append(move(at, keep, zero, columns=columns))
-        prompts = _share(contexts.cache, np.full(size, -1), group_size, put)
-        at = decoding.segment(model, params, at, prompts, zero, **settings)
-        finish(at)  # once for each: states of several histories may differ in their layout
-        state = at if shape == (sizes[0], widths[0]) else state
-    return state
+            keep = run.put(slots_of(slots))
+            waiting.append(decoding.move(at, keep, zero, columns=columns, place=run.place))
+        nobody = np.full_like(slots_of(size), -1)
+        prompts = _share(run, contexts.cache, nobody, np.zeros_like(nobody))
+        at = decoding.segment(model, params, at, prompts, *until, **settings)
+        decoding.finish(at, pad_id=run.pad_id)
+        state = at if shape == (run.sizes[0], run.columns[0]) else state
+    return state, contexts
 
 
 def slot_buckets(slots: int, shards: int = 1) -> list[int]:
@@ -365,46 +546,44 @@ def column_buckets(length: int, *, refilled: bool) -> list[int]:
     return [first << i for i in range(BUCKETS) if first << i < last] + [last]
 
 
-def _share(cache: KVCache, occupant, group_size: int, put) -> SharedPrompts:
-    """Returns the prompts of the rows in flight, with a lane for each of them.
+def context_buckets(width: int) -> list[int]:
+    """Returns the widths of contexts that the reading program is compiled for, smallest first.
 
-    With no more slots than prompts, a copy per slot takes no more memory than all prompts do, and
-    prompts that nobody reads any more cost nothing.
+    >>> context_buckets(1024), context_buckets(96)
+    ([128, 256, 512, 1024], [48, 96])
     """
-    prompts, slots = cache.positions.shape[0], len(occupant)
-    prompt_at = np.maximum(occupant, 0) // group_size
-    if slots <= prompts:
-        lane = np.arange(slots)
-        where, lanes, lane = put((prompt_at, lane[:, None], lane))
-        cache = decoding.take(cache, where)
+    widths = [width]
+    while len(widths) < BUCKETS and widths[0] >= 2 * FEWEST_COLUMNS:
+        widths.insert(0, -(-widths[0] // 2))
+    return widths
+
+
+def _share(run: _Run, cache: KVCache, occupant, place) -> SharedPrompts:
+    """Returns the contexts of the rows in flight, with a lane for each of them.
+
+    With fewer slots than places, a copy per slot takes no more memory than all places do, and
+    contexts that nobody reads any more cost nothing.
+
+    Args:
+      occupant, place: [D, S / D], the row in each slot of each shard (-1 = none) and where its
+        context lies.
+    """
+    shards, slots = occupant.shape
+    places = cache.positions.shape[0] // shards
+    if slots < places or (slots == places and run.group_size > 1):
+        lane = np.tile(np.arange(slots), (shards, 1))
+        where, lanes, lane = run.put((place, lane[:, :, None], lane))
+        cache = decoding.take(cache, where, place=run.place)
     else:
-        lanes = np.full((prompts, min(group_size, slots)), slots)
-        lane, taken = np.zeros(slots, int), np.zeros(prompts, int)
-        for slot in np.flatnonzero(occupant >= 0):
-            prompt = prompt_at[slot]
-            lanes[prompt, taken[prompt]] = slot
-            lane[slot] = prompt * lanes.shape[1] + taken[prompt]
-            taken[prompt] += 1
-        lanes, lane = put((lanes, lane))
+        lanes = np.full((shards, places, min(run.group_size, slots)), slots)
+        lane, taken = np.zeros(occupant.shape, int), np.zeros((shards, places), int)
+        for shard, slot in zip(*np.nonzero(occupant >= 0), strict=True):
+            at = shard, place[shard, slot]
+            lanes[*at, taken[at]] = slot
+            lane[shard, slot] = at[1] * lanes.shape[2] + taken[at]
+            taken[at] += 1
+        lanes, lane = run.put((lanes, lane))
     return SharedPrompts(cache.keys, cache.values, cache.positions, lanes, lane)
-
-
-def _prefill_all(model, params, ids, mask, length: int) -> decoding.Contexts:
-    """Reads the contexts, so many in one forward that it has at most PREFILL_TOKENS tokens."""
-    rows, width = ids.shape
-    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (
-        rows // n * width <= PREFILL_TOKENS or rows // n <= _batch_shards(ids)
-    ))  # fmt: skip
-    if parts == 1:
-        return decoding.prefill(model, params, ids, mask, length=length)
-    size = rows // parts
-    chunks = [
-        decoding.prefill(
-            model, params, *decoding.rows_from(ids, mask, i * size, size=size), length=length
-        )
-        for i in range(parts)
-    ]
-    return decoding.join(chunks)
 
 
 def _batch_shards(ids) -> int:
@@ -413,18 +592,18 @@ def _batch_shards(ids) -> int:
     return ids.shape[0] // sharding.shard_shape(ids.shape)[0] if sharding is not None else 1
 
 
+def _batch_sharding(ids) -> NamedSharding | None:
+    """Returns how the rows of an array are split over a mesh; None on a single device."""
+    sharding = getattr(ids, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
 def _replicate(tree, place: NamedSharding | None):
     """Copies host arrays to the device, or to all of the mesh: left on one device they would be
     sliced and sent on by programs of their own.
     """
     everywhere = None if place is None else NamedSharding(place.mesh, PartitionSpec())
     return jax.device_put(tree, everywhere)
-
-
-def _batch_sharding(ids) -> NamedSharding | None:
-    """Returns how the rows of an array are split over a mesh; None where they are not."""
-    sharding = getattr(ids, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and _batch_shards(ids) > 1 else None
 
 
 @program(static=("group_size",))

@@ -10,7 +10,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from scope_jax.records import InputError
 
@@ -29,16 +29,22 @@ class Rules:
 
 
 TRAINING = Rules()
+# Weights stay where they are multiplied: a step reads every weight once, for few tokens, and to
+# gather them from `fsdp` would take longer than to read them.
+DECODING = Rules(embed=None)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices=None) -> Mesh:
     """Returns a mesh over all devices; -1 takes the devices that the other axes leave.
 
+    Args:
+      devices: others than this process's, those of a TPU topology say (`jax.experimental
+        .topologies`), to compile for.
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "model": model}
-    devices = jax.device_count()
+    on, devices = devices, len(devices or jax.devices())
     unknown = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(unknown) == 1 and known > 0 and devices % known == 0:
@@ -50,7 +56,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
         )
     # Auto axes: under Explicit ones (the default) gather and top_k on a sharded vocabulary raise.
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=on)
+
+
+def axis_for(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
+    """Returns the mesh axis if there is one that divides `size`, else None (replicated)."""
+    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAINING) -> PartitionSpec:

@@ -44,7 +44,7 @@ from scope_jax.records import (
 )
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
-from scope_jax.sampling import generate
+from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.steps import segment_steps
@@ -82,7 +82,8 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
         prompts = policy.tokenize(records)
         prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
         options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, **config.sample}
-        rollouts = generate(policy.model, params, prompt_ids, prompt_mask, key, **options)
+        model, params = decoding_layout(policy.model, params, policy.mesh)  # a copy, gone on return
+        rollouts = generate(model, params, prompt_ids, prompt_mask, key, **options)
         rollouts = jax.device_get(rollouts)
     rows = {
         "record": np.repeat(np.arange(len(records)), config.sample.group_size),

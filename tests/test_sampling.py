@@ -13,11 +13,12 @@ import pytest
 from scipy import stats
 
 from scope_jax import sampling
+from scope_jax.models import decoding
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
 from scope_jax.records import PAD, POLICY, InputError, Rollouts
-from scope_jax.sampling import continue_from, generate
-from scope_jax.sharding import make_mesh, put_batch, replicate
+from scope_jax.sampling import continue_from, decoding_layout, generate
+from scope_jax.sharding import DECODING, TRAINING, make_mesh, put_batch, replicate, shardings
 from scope_jax.update import completion_logps
 from tests.test_drawing import kept_tokens, log_softmax, truncated_probs
 
@@ -403,9 +404,10 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("slots", [0, 1, 2, 5, 8])
-@pytest.mark.parametrize("name", ["sampled", "truncated"])
-def test_slots_and_buckets_change_no_row(slots, name, params, request):
+@pytest.mark.parametrize(
+    ("name", "slots"), [*[("sampled", slots) for slots in (0, 1, 2, 5, 8)], ("truncated", 8)]
+)
+def test_slots_and_buckets_change_no_row(name, slots, params, request):
     whole, options = request.getfixturevalue(name), TRUNCATION if name == "truncated" else {}
     parts = sample(params, slots=slots, **options)
     np.testing.assert_array_equal(parts.completion_ids, whole.completion_ids)
@@ -444,6 +446,32 @@ def test_continuations_change_with_neither_slots_nor_buckets(slots, params, samp
     np.testing.assert_allclose(parts.logps, whole.logps, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("slots", [0, 4])
+def test_short_contexts_are_read_in_narrow_forwards(slots, params, sampled, monkeypatch):
+    lengths = np.array([0, 0, 3, 0, 1, 3, 2, 0, 0, 1, 0, 4])
+    ended = sampled.finished & (lengths >= sampled.completion_mask.sum(-1))
+    budgets = np.where(ended, 0, 4).astype(np.int32)
+    whole = resume(params, sampled, lengths, max_new_tokens=budgets)
+    monkeypatch.setattr(sampling, "FEWEST_COLUMNS", 2)
+    read, prefill = [], decoding.prefill
+
+    def recorded(*arguments, width, **options):
+        rows, places = jax.device_get(arguments[-2:])
+        read.append((width, rows[places < (slots or ROWS)]))  # the others fill the batch
+        return prefill(*arguments, width=width, **options)
+
+    monkeypatch.setattr(decoding, "prefill", recorded)
+    parts = resume(params, sampled, lengths, max_new_tokens=budgets, slots=slots)
+    np.testing.assert_array_equal(parts.completion_ids, whole.completion_ids)
+    np.testing.assert_allclose(parts.logps, whole.logps, rtol=0, atol=1e-5)
+    total = PROMPT_MASK.sum(-1).repeat(GROUP) + lengths
+    assert sorted(np.concatenate([rows for _, rows in read])) == np.flatnonzero(budgets).tolist()
+    assert all(width >= total[rows].max(initial=0) for width, rows in read)
+    widths = {width for width, rows in read if len(rows)}
+    assert len(widths) >= 2 and widths <= set(sampling.context_buckets(9))
+
+
 @pytest.mark.parametrize("slots", [0, 8])
 def test_mesh_changes_no_row_and_splits_them(slots, params, sampled):
     mesh = make_mesh(data=2, fsdp=2, model=2)
@@ -460,9 +488,68 @@ def test_mesh_changes_no_row_and_splits_them(slots, params, sampled):
         generate(MODEL, params, *prompts, jax.random.key(0), slots=6, **options)
 
 
+WHOLE_VOCABULARY = {"vocab": None}  # 11 tokens do not divide
+
+
+def lay_out(params, **sizes):
+    """Returns (mesh, params as training has them, model and params as decoding wants them)."""
+    mesh = make_mesh(**sizes)
+    training = dataclasses.replace(TRAINING, **WHOLE_VOCABULARY)
+    params = jax.device_put(params, shardings(declare(CONFIG), mesh, training))
+    rules = dataclasses.replace(DECODING, **WHOLE_VOCABULARY)
+    return mesh, params, decoding_layout(MODEL, params, mesh, rules)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("sizes", "slots"),
+    [((1, 4, 2), 0), ((2, 2, 2), 8), ((1, 1, 8), 16)],  # a shard's rows: all, one a prompt, more
+)
+def test_decoding_layout_and_mesh_change_no_token(sizes, slots, params, sampled, monkeypatch):
+    monkeypatch.setattr(sampling, "BUCKETS", 2)  # rows still move and wait
+    sizes = dict(zip(("data", "fsdp", "model"), sizes, strict=True))
+    if sizes["model"] == 8:  # more than heads: weights and cache lie whole on every device
+        mesh, model, placed = make_mesh(**sizes), MODEL, replicate(params, make_mesh(**sizes))
+    else:
+        mesh, _, (model, placed) = lay_out(params, **sizes)
+    twice = lambda x: np.concatenate([x, x])  # noqa: E731
+    prompts = put_batch((twice(PROMPT_IDS), twice(PROMPT_MASK)), mesh)
+    rollouts = generate(
+        model, placed, *prompts, jax.random.key(0), group_size=GROUP, max_new_tokens=LENGTH,
+        eos_ids=EOS, temperature=TEMPERATURE, row_ids=twice(np.arange(ROWS)), slots=slots,
+    )  # fmt: skip
+    np.testing.assert_array_equal(rollouts.completion_ids, twice(sampled.completion_ids))
+    np.testing.assert_array_equal(rollouts.finished, twice(sampled.finished))
+    np.testing.assert_allclose(rollouts.logps, twice(sampled.logps), rtol=0, atol=1e-5)
+
+
+def test_decoding_layout_gathers_once_and_leaves_the_params_to_training(params):
+    _, training, (model, decoding) = lay_out(params, data=2, fsdp=2, model=2)
+    assert "fsdp" in training["layers"]["gate"].sharding.spec
+    for weight in jax.tree.leaves(decoding):
+        assert "fsdp" not in weight.sharding.spec
+    gate = decoding["layers"][0]["gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (1, 16, 24 // 2)
+    assert decoding_layout(model, decoding) == (model, decoding)  # nothing left to do
+    np.testing.assert_array_equal(training["embed"], params["embed"])  # not donated
+
+
+def test_decoding_layout_computes_in_the_models_dtype(params):
+    half = Transformer(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    laid_out = decoding_layout(half, params)
+    assert {x.dtype for x in jax.tree.leaves(laid_out[1])} == {jnp.dtype("bfloat16")}
+    options = {"group_size": 1, "max_new_tokens": 4, "eos_ids": EOS}
+    prompts = (PROMPT_IDS, PROMPT_MASK, jax.random.key(0))
+    want = generate(half, params, *prompts, **options)
+    got = generate(*laid_out, *prompts, **options)
+    np.testing.assert_array_equal(got.completion_ids, want.completion_ids)
+    np.testing.assert_array_equal(got.logps, want.logps)
+    assert decoding_layout(Bigram(), SUCCESSOR) == (Bigram(), SUCCESSOR)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_programs_are_few_and_compiled_once(params):
-    """8 keys, whose rows end at other times each: at most BUCKETS**2 programs decode them all."""
+    """8 keys, whose rows end at other times each: a triangle of programs decodes them all."""
     options = {"slots": 8, "max_new_tokens": 16}
     traced = set()
 
@@ -480,7 +567,7 @@ def test_programs_are_few_and_compiled_once(params):
             Counted(CONFIG), params, PROMPT_IDS, PROMPT_MASK, jax.random.key(key), **fixed,
             **options,
         )  # fmt: skip
-    assert 3 <= len(traced) <= sampling.BUCKETS**2
+    assert 3 <= len(traced) <= sampling.BUCKETS * (sampling.BUCKETS + 1) // 2
 
 
 # --- continue_from --------------------------------------------------------------------------------

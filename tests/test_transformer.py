@@ -14,6 +14,7 @@ from scope_jax.models.kv_cache import (
     init_cache,
     move_rows,
     positions_from_mask,
+    take_in_shards,
     take_rows,
 )
 from scope_jax.models.transformer import (
@@ -345,7 +346,7 @@ def test_moved_cache_keeps_the_columns_from_the_first_on(columns):
         positions=positions,
         length=jnp.array(3),
     )
-    moved = move_rows(cache, jnp.array([2, 1]), jnp.array(1), columns)
+    moved = move_rows(cache, jnp.array([[2, 1]]), jnp.array(1), columns)
     assert moved.length == 2
     assert moved.positions.tolist() == [
         [-1, 9] + [-1] * (columns - 2),
@@ -354,6 +355,15 @@ def test_moved_cache_keeps_the_columns_from_the_first_on(columns):
     assert moved.keys[0].shape == (2, 2, 1, columns, 2)
     assert moved.keys[0][0, 0, 0, :2, 0].tolist() == [1, 2]
     assert moved.values[0][1, 1, 0, :2, 1].tolist() == [1.5, 2.5]
+
+
+def test_shards_take_from_their_own_part_of_an_axis():
+    x = jnp.arange(24).reshape(2, 6, 2)
+    got = take_in_shards(x, jnp.array([[1], [0], [9]]), axis=1)  # 9 is clipped
+    np.testing.assert_array_equal(got, x[:, jnp.array([1, 2, 5])])
+    got = take_in_shards(x, jnp.array([[5, 0]]), axis=1)
+    np.testing.assert_array_equal(got, x[:, jnp.array([5, 0])])
+    assert take_in_shards(jnp.arange(6), jnp.array([[2, 0], [1, 1]])).tolist() == [2, 0, 4, 4]
 
 
 def test_shared_prompts_equal_a_cache_of_each_rows_own():
@@ -370,7 +380,7 @@ def test_shared_prompts_equal_a_cache_of_each_rows_own():
             PARAMS, ids[prompt_of], positions=at[prompt_of], cache=wide.init_cache(5, 4 + 3)
         )
         shared = SharedPrompts(
-            prompts.keys, prompts.values, prompts.positions, jnp.array(lanes), jnp.array(lane)
+            prompts.keys, prompts.values, prompts.positions, jnp.array([lanes]), jnp.array([lane])
         )
         apart = dataclasses.replace(wide.init_cache(5, 3), prompts=shared)
         for t in range(3):

@@ -22,13 +22,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AxisType, PartitionSpec
 
-from scope_jax.sharding import TRAINING
+from scope_jax.sharding import TRAINING, axis_for
 
 BACKENDS = ("auto", "xla", "splash", "cudnn")
 QUERY_BLOCK = 256  # queries whose scores exist at once, where "xla" goes by blocks
 SPLASH_MIN_LENGTH = 256  # "auto" leaves shorter contexts to "xla"
 SPLASH_BLOCK = 512  # largest; a multiple of the 128 lanes
 LANES = 128
+BATCH_AXES = ("data", "fsdp")  # as TRAINING.batch has them
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -114,8 +115,12 @@ def attend_by_blocks(q, k, v, positions, *, sliding_window=None, block=QUERY_BLO
 
 
 def splash_fits(q: jax.Array) -> bool:
-    """Whether "auto" takes the TPU kernel: not for contexts so short that padding would rule."""
-    return q.shape[1] >= SPLASH_MIN_LENGTH and q.shape[3] >= 64
+    """Whether "auto" takes the TPU kernel.
+
+    Not for contexts so short that padding would rule, nor for heads that are no multiple of half
+    the 128 lanes: 64 is compiled for v5e (experiments/LOG.md), 80 and the like are not tried.
+    """
+    return q.shape[1] >= SPLASH_MIN_LENGTH and q.shape[3] % 64 == 0
 
 
 def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -> jax.Array:
@@ -138,15 +143,11 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
     if not auto:
         return body(q, k, v, positions)
 
-    def split_over(axes, size):
-        taken, parts = [], 1
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            if axis in auto and size % (parts * auto[axis]) == 0:
-                taken, parts = [*taken, axis], parts * auto[axis]
-        return tuple(taken) or None
-
-    rows = split_over(TRAINING.batch, q.shape[0])
-    heads = split_over(TRAINING.kv_heads, k.shape[1])  # of every kv head all query heads
+    rows, parts = (), 1
+    for axis in BATCH_AXES:
+        if axis in auto and q.shape[0] % (parts * auto[axis]) == 0:
+            rows, parts = (*rows, axis), parts * auto[axis]
+    heads = axis_for(k.shape[1], TRAINING.kv_heads, mesh)  # of every kv head all query heads
     by_row, by_head = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
     return jax.shard_map(
         body,
@@ -203,9 +204,7 @@ def cudnn_fits(q: jax.Array) -> bool:
     return half and head_dim % 8 == 0 and head_dim <= 128 and jax.default_backend() == "gpu"
 
 
-def attend_cudnn(
-    q, k, v, positions, *, sliding_window=None, implementation="cudnn"
-) -> jax.Array:
+def attend_cudnn(q, k, v, positions, *, sliding_window=None, implementation="cudnn") -> jax.Array:
     """cuDNN's kernel; rows are moved so that their real tokens come first.
 
     Then the causal mask alone keeps padding out, and no [B, L, L] mask goes to the kernel, which

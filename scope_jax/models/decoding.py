@@ -21,9 +21,17 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.drawing import draw
-from scope_jax.models.kv_cache import KVCache, move_rows, positions_from_mask, take_rows
+from scope_jax.models.kv_cache import (
+    KVCache,
+    move_rows,
+    positions_from_mask,
+    put_in_shards,
+    take_in_shards,
+    take_rows,
+)
 from scope_jax.models.transformer import Transformer
 from scope_jax.records import PAD, POLICY
+from scope_jax.sharding import DECODING, axis_for
 
 
 class Contexts(NamedTuple):
@@ -72,26 +80,69 @@ def _compiler_options() -> dict[str, Any]:
     return options
 
 
-def program(static=(), donate=()):
+class Program:
     """`jax.jit` with the options above, found at the first call: importing starts no backend."""
 
-    def decorate(fn):
-        @functools.cache
-        def compiled():
-            return jax.jit(
-                fn,
-                static_argnames=static,
-                donate_argnames=donate,
-                compiler_options=_compiler_options(),
-            )
+    def __init__(self, fn, static, donate):
+        functools.update_wrapper(self, fn)
+        self._jit = functools.partial(jax.jit, fn, static_argnames=static, donate_argnames=donate)
 
-        return functools.wraps(fn)(lambda *args, **options: compiled()(*args, **options))
+    @functools.cached_property
+    def _here(self):
+        return self._jit(compiler_options=_compiler_options())
 
-    return decorate
+    def __call__(self, *args, **kwargs):
+        return self._here(*args, **kwargs)
+
+    def lower(self, *args, **kwargs):
+        """Lowers for the devices of the arguments' shardings, which may be others than this
+        process's (a TPU topology).
+        """
+        return self._jit().lower(*args, **kwargs)
 
 
-@program(static=("model", "length"))
-def prefill(model, params, ids, mask, *, length) -> Contexts:
+def program(static=(), donate=()):
+    return functools.partial(Program, static=static, donate=donate)
+
+
+@program(static=("model", "places", "length", "place"))
+def no_contexts(model, params, ids, mask, *, places, length, place) -> Contexts:
+    """Returns room for `places` contexts."""
+    read = functools.partial(_read, model, length=length)
+    like = jax.eval_shape(lambda: read(params, ids[:places], mask[:places]))
+    return _placed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), place)
+
+
+@program(static=("model", "width", "length", "place"), donate=("contexts",))
+def prefill(model, params, contexts, ids, mask, rows, places, *, width, length, place) -> Contexts:
+    """Reads some contexts, each in the last `width` columns of its row, and puts them into places.
+
+    Args:
+      contexts: C places. ids, mask: [P, M].
+      rows: [D, r] int32, see `take_in_shards`.
+      places: [D, r] int32, numbers within the shard; C / D = read for nothing (to fill the batch).
+      length: room for new tokens, in caches other than ours.
+    """
+    chosen = (take_in_shards(x[:, -width:], rows) for x in (ids, mask))
+    chunk = _read(model, params, *chosen, length=length)
+    if isinstance(chunk.cache, KVCache):  # empty columns in front, as the rows are LEFT-padded
+        left = ids.shape[1] - width
+        front = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(left, 0), (0, 0)])  # noqa: E731
+        cache = dataclasses.replace(
+            chunk.cache,
+            keys=tuple(front(x) for x in chunk.cache.keys),
+            values=tuple(front(x) for x in chunk.cache.values),
+            positions=jnp.pad(chunk.cache.positions, ((0, 0), (left, 0)), constant_values=-1),
+        )
+        chunk = chunk._replace(cache=cache)
+
+    def put(held, new):
+        return new if held.ndim == 0 else put_in_shards(held, new, places, 1 * (held.ndim == 5))
+
+    return _placed(jax.tree.map(put, contexts, chunk), place)
+
+
+def _read(model, params, ids, mask, *, length) -> Contexts:
     rows, width = ids.shape
     columns = width if isinstance(model, Transformer) else width + length
     positions = positions_from_mask(mask)
@@ -100,40 +151,48 @@ def prefill(model, params, ids, mask, *, length) -> Contexts:
     return Contexts(hidden[:, -1], positions[:, -1] + 1, cache)
 
 
-@program(static=("size",))
-def rows_from(ids, mask, first, *, size):
-    return tuple(jax.lax.dynamic_slice_in_dim(x, first, size) for x in (ids, mask))
+@program(static=("place",))
+def take(cache, rows, *, place=None):
+    """Returns rows of a KVCache, see `take_in_shards`."""
+
+    def take(x):
+        return x if x.ndim == 0 else take_in_shards(x, rows, axis=1 if x.ndim == 5 else 0)
+
+    return _placed(jax.tree.map(take, cache), place)
 
 
-@program()
-def join(chunks: list[Contexts]) -> Contexts:
-    def join(*parts):
-        return parts[0] if parts[0].ndim == 0 else jnp.concatenate(parts, parts[0].ndim == 5)
-
-    return jax.tree.map(join, *chunks)
-
-
-@program()
-def take(cache, rows):
-    return take_rows(cache, rows)
-
-
-def _placed(state: Decoding, place: NamedSharding | None) -> Decoding:
-    """Keeps slots and rows split over the mesh as the prompts are.
+def placement(tree, place: NamedSharding | None) -> Any:
+    """Returns where Contexts, a Decoding or a cache lies on the mesh of `place`, which is how the
+    prompts' ids are split; None without a mesh.
 
     Left to itself XLA replicates what begins as zeros, and every device would decode every row;
     and programs that left a state in different places would have the next ones compiled again.
+    So caches are split over kv heads and rows, results over rows, while the few numbers a slot lie
+    on every device: a step's draws are sent around once, and every host sees who lives.
     """
     if place is None:
-        return state
-    rows, free = place.spec[0], PartitionSpec.UNCONSTRAINED
+        return None
+    put, rows = functools.partial(_on_mesh, place), _row_axes(place)
 
-    def constrain(x):
-        axes = (None, rows, free, None, None) if x.ndim == 5 else (rows,)
-        sharding = NamedSharding(place.mesh, PartitionSpec(*axes if x.ndim else ()))
-        return jax.lax.with_sharding_constraint(x, sharding)
+    def of_cache(cache):
+        heads = PartitionSpec.UNCONSTRAINED  # another model's axis may be anything
+        if isinstance(cache, KVCache):
+            heads = axis_for(cache.keys[0].shape[2], DECODING.kv_heads, place.mesh)
+        specs = {0: (), 5: (None, rows, heads, None, None)}
+        return jax.tree.map(lambda x: put(*specs.get(x.ndim, (rows,))), cache)
 
-    return jax.tree.map(constrain, state)
+    if isinstance(tree, Contexts):
+        return tree._replace(hidden=put(rows), start=put(), cache=of_cache(tree.cache))
+    if isinstance(tree, Decoding):
+        results = ("ids", "logps", "sampling_logps", "length", "finished")
+        where = dict.fromkeys(results, put(rows)) | {"cache": of_cache(tree.cache)}
+        return dataclasses.replace(jax.tree.map(lambda _: put(), tree), **where)
+    return of_cache(tree)
+
+
+def _placed(tree, place: NamedSharding | None):
+    where = placement(tree, place)
+    return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
 
 
 @program(static=("model", "slots", "columns", "rows", "length", "pad_id", "place"))
@@ -196,14 +255,19 @@ def admit(model, params, state, contexts, row_keys, budgets, new, prompt_at, *, 
         start=jnp.where(enters, contexts.start[prompt_at], state.start),
         count=jnp.where(enters, 0, state.count),
     )
-    unembed = model.unembed(params)
-    state = _draw_next(state, contexts.hidden[prompt_at], enters, unembed, **settings)
+    hidden, unembed = contexts.hidden[prompt_at], model.unembed(params)
+    state = _draw_next(state, hidden, enters, unembed, place=place, **settings)
     return _placed(state, place)
 
 
 @program(static=_SETTINGS, donate=("state",))
-def segment(model, params, state, prompts, floor, *, place, **settings) -> Decoding:
-    """Decodes until at most `floor` rows are live, or the cache is full."""
+def segment(model, params, state, prompts, floor, enough, *, place, **settings) -> Decoding:
+    """Decodes until `enough` shards have few live rows, or the cache is full.
+
+    Args:
+      floor: [D] int32, how many rows are few, for each of the D batch shards of the mesh.
+      enough: [] int32, 1 .. D.
+    """
     unembed = model.unembed(params)
 
     def step(state):
@@ -212,24 +276,55 @@ def segment(model, params, state, prompts, floor, *, place, **settings) -> Decod
             cache = dataclasses.replace(cache, prompts=prompts)
         position = jnp.where(state.live, state.start + state.count - 1, -1)
         tokens, positions = state.token[:, None], position[:, None]
+        if place is not None:
+            split = _on_mesh(place, _row_axes(place))
+            tokens, positions = jax.lax.with_sharding_constraint((tokens, positions), split)
         hidden, cache = model(params, tokens, positions=positions, cache=cache)
         if prompts is not None:
             cache = dataclasses.replace(cache, prompts=None)
         state = dataclasses.replace(state, cache=cache, filled=state.filled + 1)
-        return _draw_next(state, hidden[:, 0], state.live, unembed, **settings)
+        state = _draw_next(state, hidden[:, 0], state.live, unembed, place=place, **settings)
+        return _placed(state, place)
 
     def goes_on(state):
         room = True if prompts is None else state.filled < state.cache.positions.shape[1]
-        return (state.live.sum() > floor) & room
+        few = state.live.reshape(len(floor), -1).sum(-1) <= floor
+        return (few.sum() < enough) & room
 
     return _placed(jax.lax.while_loop(goes_on, step, state), place)
 
 
-def _draw_next(state, hidden, draws, unembed, *, impl, eos_ids, temperature, **drawing):
+def _row_axes(place: NamedSharding):
+    return place.spec[0] if len(place.spec) else None
+
+
+def _on_mesh(place: NamedSharding, *axes) -> NamedSharding:
+    return NamedSharding(place.mesh, PartitionSpec(*axes))
+
+
+def _whole_rows(logits, place: NamedSharding | None):
+    """Gives each device the whole logits of some rows, [S / devices, V], by one all-to-all.
+
+    A draw sums, sorts and looks up along the vocabulary: split over it, each of these would talk
+    to the other devices, and those of one batch shard would all draw the same rows.
+    """
+    if place is None:
+        return logits
+    put, vocab = jax.lax.with_sharding_constraint, DECODING.vocab
+    split = _on_mesh(place, _row_axes(place), axis_for(logits.shape[1], vocab, place.mesh))
+    logits = put(logits, split)  # without it XLA would gather the unembedding
+    whole = _on_mesh(place, place.mesh.axis_names)
+    return logits if logits.shape[0] % place.mesh.size else put(logits, whole)
+
+
+def _draw_next(state, hidden, draws, unembed, *, place, impl, eos_ids, temperature, **drawing):
     """Draws a token for the rows in `draws` [S] bool, given the hidden state before it [S, D]."""
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key, impl=impl), state.count)
-    logits = (hidden @ unembed.astype(hidden.dtype)).astype(jnp.float32)
-    token, logp, sampling_logp = draw(logits, keys, temperature=temperature, **drawing)
+    logits = _whole_rows(hidden @ unembed.astype(hidden.dtype), place).astype(jnp.float32)
+    drawn = draw(logits, keys, temperature=temperature, **drawing)
+    if place is not None:
+        drawn = jax.lax.with_sharding_constraint(drawn, _on_mesh(place))
+    token, logp, sampling_logp = drawn
     at = (jnp.where(draws, state.row, state.length.shape[0]), state.count)  # others fall outside
     count = state.count + draws
     ends = (token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None, :]).any(-1)
@@ -248,25 +343,35 @@ def _draw_next(state, hidden, draws, unembed, *, impl, eos_ids, temperature, **d
 
 @program(static=("columns", "place"))
 def move(state, keep, first, *, columns, place) -> Decoding:
-    """Keeps some slots, in a cache of `columns` columns whose column 0 was `first`."""
+    """Keeps some slots, in a cache of `columns` columns whose column 0 was `first`.
+
+    Args:
+      keep: [D, S / D] int32, see `take_in_shards`.
+    """
     of_slots = ("row", "key", "start", "budget", "count", "token", "live")
     moved = dataclasses.replace(
         state,
         cache=move_rows(state.cache, keep, first, columns),
         filled=state.filled - first,
-        **{name: jnp.take(getattr(state, name), keep, axis=0) for name in of_slots},
+        **{name: take_in_shards(getattr(state, name), keep) for name in of_slots},
     )
     return _placed(moved, place)
 
 
+def finish(state: Decoding, *, pad_id: int) -> dict[str, jax.Array]:
+    """Returns the fields of Rollouts that were sampled."""
+    rows = (state.ids, state.length, state.logps, state.sampling_logps, state.finished)
+    return _finish(*rows, pad_id=pad_id)  # without the cache: one program for all of its sizes
+
+
 @program(static=("pad_id",))
-def finish(state, *, pad_id) -> dict[str, jax.Array]:
-    mask = jnp.arange(state.ids.shape[1])[None, :] < state.length[:, None]
+def _finish(ids, length, logps, sampling_logps, finished, *, pad_id):
+    mask = jnp.arange(ids.shape[1])[None, :] < length[:, None]
     return {
-        "completion_ids": jnp.where(mask, state.ids, pad_id),
+        "completion_ids": jnp.where(mask, ids, pad_id),
         "completion_mask": mask,
         "token_source": jnp.where(mask, POLICY, PAD).astype(jnp.int8),
-        "logps": state.logps,
-        "sampling_logps": state.sampling_logps,
-        "finished": state.finished,
+        "logps": logps,
+        "sampling_logps": sampling_logps,
+        "finished": finished,
     }

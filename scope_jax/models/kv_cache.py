@@ -18,10 +18,12 @@ of an ended one starts there, and what the old row left is hidden behind positio
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Arrays = tuple[jax.Array, ...]  # one per block of layers, see transformer.py
 
@@ -32,13 +34,15 @@ class SharedPrompts:
 
     `lanes` lists the rows of each prompt (the number of rows = none), `lane` is where in the
     flattened `lanes` each row stands: queries are gathered by prompt, so that no key is copied.
+    A batch shard of a mesh holds its rows' prompts, and D of them count each for itself (numbers
+    start at 0 in every shard): so nothing is gathered from another device.
     """
 
     keys: Arrays  # [block, P, kv_heads, N, head_dim]
     values: Arrays  # [block, P, kv_heads, N, head_dim]
     positions: jax.Array  # [P, N] int32, -1 = padding
-    lanes: jax.Array  # [P, L] int32
-    lane: jax.Array  # [B] int32
+    lanes: jax.Array  # [D, P / D, L] int32
+    lane: jax.Array  # [D, B / D] int32
 
 
 @struct.dataclass
@@ -65,18 +69,28 @@ def init_cache(blocks, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:
     )
 
 
+def in_row_major_order(x: jax.Array) -> jax.Array:
+    """Keeps the order of a cache in memory as its shape says.
+
+    XLA would choose another for the loop, after the one column that it writes (the batch next to
+    last: 64 rows in place of one), and then copy the cache into the loop and out of it, and each
+    layer's part at each step, for the attention reads it in this order.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> KVCache:
     """Returns the cache of some rows with another number of slots, of which slot 0 was `first`.
 
     Args:
-      rows: [B'] int32.
+      rows: [D, B' / D] int32, see `take_in_shards`.
       first: [] int32; older slots are dropped (no row may need them).
       slots: more or fewer than now; cache.length - first of them are taken.
     """
 
     def move(x, axis, fill):  # the batch axis is `axis`, the slots' is behind it or two behind
         slot_axis = axis + 1 if x.ndim == 2 else axis + 2
-        x = jnp.take(x, rows, axis=axis)
+        x = take_in_shards(x, rows, axis=axis)
         x = jnp.roll(x, -first, axis=slot_axis)
         have = x.shape[slot_axis]
         if slots <= have:
@@ -94,6 +108,41 @@ def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> 
         positions=positions,
         length=length,
     )
+
+
+def take_in_shards(x: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
+    """Takes entries of an axis that consists of D shards, each from its own shard.
+
+    On a mesh nothing leaves its device, where `jnp.take` would gather x from all of them.
+
+    Args:
+      rows: [D, n] int32, numbers within the shard, clipped.
+    Returns:
+      x with D * n entries on that axis.
+    """
+    count = rows.shape[0]
+    if count == 1:
+        return jnp.take(x, rows[0], axis=axis, mode="clip")
+    parts = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+    take = functools.partial(jnp.take, axis=axis, mode="clip")
+    taken = jax.vmap(take, in_axes=(axis, 0), out_axes=axis)(parts, rows)
+    return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def put_in_shards(x: jax.Array, new: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
+    """Puts entries where `take_in_shards` would take them; a number beyond the shard puts nothing.
+
+    Args:
+      new: like x, with D * n entries on that axis.
+      rows: [D, n] int32, numbers within the shard.
+    """
+    shape, cut = x.shape, lambda x: x.reshape(*x.shape[:axis], len(rows), -1, *x.shape[axis + 1 :])
+
+    def put(part, new, rows):  # the shards' axis is gone: `axis` is that of the entries
+        return part.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
+
+    put = jax.vmap(put, in_axes=(axis, axis, 0), out_axes=axis)
+    return put(cut(x), cut(new), rows).reshape(shape)
 
 
 def take_rows(cache, rows: jax.Array):

@@ -29,7 +29,13 @@ from scope_jax.models.attention import (
     context_mask,
     merge_segments,
 )
-from scope_jax.models.kv_cache import KVCache, SharedPrompts, init_cache
+from scope_jax.models.kv_cache import (
+    KVCache,
+    SharedPrompts,
+    in_row_major_order,
+    init_cache,
+    take_in_shards,
+)
 
 Params = dict[str, Any]
 
@@ -242,15 +248,15 @@ class Transformer:
     def _prompt_mask(self, shared: SharedPrompts, positions) -> jax.Array:
         """Returns [P, L, N] bool: which prompt tokens the row in each of a prompt's lanes sees."""
         key_positions = shared.positions[:, None, :]
-        mask = jnp.broadcast_to(key_positions >= 0, (*shared.lanes.shape, key_positions.shape[-1]))
+        lanes = shared.lanes.reshape(shared.lanes.shape[0], -1)
+        shape = (len(key_positions), shared.lanes.shape[-1], key_positions.shape[-1])
+        mask = jnp.broadcast_to(key_positions >= 0, shape)
         if self.config.sliding_window is not None:
-            reader = jnp.take(positions[:, 0], shared.lanes, axis=0, mode="clip")
+            reader = take_in_shards(positions[:, 0], lanes).reshape(shape[:2])
             mask &= key_positions > reader[:, :, None] - self.config.sliding_window
         return mask
 
-    def _layer(
-        self, w, index, x, keys, values, cache, mask, angles, prompt=None, positions=None
-    ):
+    def _layer(self, w, index, x, keys, values, cache, mask, angles, prompt=None, positions=None):
         """Mask None: the tokens at `positions` read each other and nothing else."""
         c, dtype = self.config, x.dtype
 
@@ -266,6 +272,7 @@ class Transformer:
         if cache is not None:
             keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, 0, cache.length, 0))
             values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, 0, cache.length, 0))
+            keys, values = in_row_major_order(keys), in_row_major_order(values)
             if mask is not None:
                 k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
                 v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
@@ -309,9 +316,10 @@ def attend_prompts(
       q: [B, 1, heads, head_dim].
       keys, values: [P, kv_heads, N, head_dim] of one layer; mask: [P, L, N].
     """
-    by_prompt = jnp.take(q[:, 0], shared.lanes, axis=0, mode="clip")  # [P, L, heads, head_dim]
+    lanes = shared.lanes.reshape(shared.lanes.shape[0], -1)
+    by_prompt = take_in_shards(q[:, 0], lanes).reshape(*mask.shape[:2], *q.shape[2:])
     out, lse = attend_segment(by_prompt, keys, values, mask, as_loops=as_loops)
-    by_row = lambda x: jnp.take(x.reshape(-1, *x.shape[2:]), shared.lane, axis=0)[:, None]  # noqa: E731
+    by_row = lambda x: take_in_shards(x.reshape(-1, *x.shape[2:]), shared.lane)[:, None]  # noqa: E731
     return by_row(out), by_row(lse)
 
 

@@ -1,0 +1,88 @@
+"""The decode loop compiled for TPUs that this machine has not: what HBM holds, what chips exchange.
+
+A small model with the proportions of experiments/compile_decode.py, whose parser these tests use.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from scope_jax.models.transformer import TransformerConfig
+from scope_jax.sharding import TRAINING
+
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip(
+        "libtpu is absent, so nothing can be compiled for a TPU: pip install 'scope_jax[aot]'",
+        allow_module_level=True,
+    )
+
+CONFIG = TransformerConfig(
+    vocab_size=4096, embed_dim=512, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=128,
+    mlp_dim=2048, qkv_bias=True, dtype="bfloat16",
+)  # fmt: skip
+SIZES = {"fsdp": 2, "model": 4}
+WORK = {"prompts": 8, "group": 8, "width": 256, "columns": 1024}
+ONE_LAYER = 64 // 2 * 4 // 4 * 1024 * 128 * 2  # bytes of a layer's keys on a chip
+SMALLEST_MATRIX = 512 * 4 // 4 * 128 * 2  # bytes of a layer's key projection on a chip
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = pathlib.Path(__file__).parents[1] / "experiments" / "compile_decode.py"
+    spec = importlib.util.spec_from_file_location("compile_decode", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_segment(tool, topology, config=CONFIG, **options):
+    mesh = tool.topology_mesh(topology, **SIZES)
+    lowered, weights, kv = tool.programs(config, mesh, **WORK, **options)
+    compiled = lowered["segment"]().compile()
+    return tool.parse(compiled.as_text()), tool.hbm(compiled) / (weights + kv)
+
+
+def gathered(tool, computations):
+    found = tool.collectives(computations)
+    assert {
+        "op": "all-reduce",
+        "bytes": 32 * 512 * 2,
+        "per_layer": True,
+    } in found  # x, a chip's rows
+    return max(x["bytes"] for x in found if x["op"] != "all-reduce")
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+def test_decode_loop_moves_neither_weights_nor_cache(tool, topology):
+    computations, hbm = compile_segment(tool, topology)
+    assert gathered(tool, computations) < SMALLEST_MATRIX
+    assert tool.big_copies(computations, ONE_LAYER) == []
+    assert hbm <= 1.10
+    per_layer = [x for x in tool.collectives(computations) if x["per_layer"]]
+    assert [x["op"] for x in per_layer] == ["all-reduce"] * 2  # after attention and after the MLP
+
+
+def test_training_layout_would_gather_weights(tool):
+    computations, _ = compile_segment(tool, "v5e:2x4", rules=TRAINING)
+    gathers = [x["bytes"] for x in tool.collectives(computations) if x["op"] == "all-gather"]
+    assert max(gathers) >= SMALLEST_MATRIX
+
+
+def test_cache_in_another_order_would_be_copied(tool, monkeypatch):
+    monkeypatch.setattr("scope_jax.models.transformer.in_row_major_order", lambda x: x)
+    unordered = dataclasses.replace(CONFIG, rope_theta=2e4)  # traced anew
+    computations, hbm = compile_segment(tool, "v5e:2x4", unordered)
+    assert tool.big_copies(computations, ONE_LAYER)
+    assert hbm > 1.10
+
+
+def test_sizes_are_read_from_the_compiled_text(tool):
+    assert tool.largest("bf16[2,64]{1,0:T(8,128)(2,1)}") == 2 * 64 * 2
+    assert tool.largest("(f32[3]{0}, u32[]{:S(2)}, pred[16,4])") == 16 * 4
+    assert tool.largest("f8e4m3fn[7]") == 7
+    assert tool.largest("token[]") <= 1
+    assert jnp.dtype(CONFIG.dtype).itemsize == 2
