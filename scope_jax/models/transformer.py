@@ -22,7 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scope_jax.models.attention import attend, attend_segment, merge_segments
+from scope_jax.models.attention import (
+    attend,
+    attend_context,
+    attend_segment,
+    context_mask,
+    merge_segments,
+)
 from scope_jax.models.kv_cache import (
     KVCache,
     SharedPrompts,
@@ -63,6 +69,7 @@ class TransformerConfig:
     max_position: int = 4096  # longest context that the weights were made for
     dtype: str = "float32"  # of the computation; softmax, norms and rotary angles stay float32
     remat: bool = False  # recompute layers in the backward pass instead of storing activations
+    attention: str = "auto"  # of whole contexts: "xla" | "splash" | "cudnn", "auto" by platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +201,11 @@ class Transformer:
             key_positions = jax.lax.dynamic_update_slice(
                 cache.positions, positions, (0, cache.length)
             )
-        real, not_later = key_positions >= 0, key_positions[:, None, :] <= positions[:, :, None]
-        mask = real[:, None, :] & not_later  # [B, L, slots]
-        if c.sliding_window is not None:
-            mask &= key_positions[:, None, :] > positions[:, :, None] - c.sliding_window
+        # A prefill that fills its cache reads nothing but itself: the cache was empty.
+        alone = cache is None or (
+            cache.prompts is None and cache.positions.shape[1] == tokens.shape[1]
+        )
+        mask = None if alone else context_mask(positions, key_positions, c.sliding_window)
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
         shared = None if cache is None else cache.prompts
@@ -208,7 +216,7 @@ class Transformer:
             weights, index, prompt_kv = scanned
             prompt = None if shared is None else (*prompt_kv, prompt_mask, shared)
             x, keys, values = self._layer(
-                weights, index, x, keys, values, cache, mask, angles, prompt
+                weights, index, x, keys, values, cache, mask, angles, prompt, positions
             )
             return (x, keys, values), None
 
@@ -248,7 +256,8 @@ class Transformer:
             mask &= key_positions > reader[:, :, None] - self.config.sliding_window
         return mask
 
-    def _layer(self, w, index, x, keys, values, cache, mask, angles, prompt=None):
+    def _layer(self, w, index, x, keys, values, cache, mask, angles, prompt=None, positions=None):
+        """Mask None: the tokens at `positions` read each other and nothing else."""
         c, dtype = self.config, x.dtype
 
         def project(name, inputs):  # [B, L, D] -> [B, L, heads, head_dim]
@@ -264,9 +273,14 @@ class Transformer:
             keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, 0, cache.length, 0))
             values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, 0, cache.length, 0))
             keys, values = in_row_major_order(keys), in_row_major_order(values)
-            k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-        if prompt is None:
+            if mask is not None:
+                k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
+                v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+        if mask is None:
+            attended = attend_context(
+                q, k, v, positions, sliding_window=c.sliding_window, backend=c.attention
+            )
+        elif prompt is None:
             attended = attend(q, k, v, mask)
         else:
             as_loops = bool(self.blocks)  # decoding on a CPU, see one_block_per_layer
