@@ -55,6 +55,9 @@ def default_config() -> ConfigDict:
                 # strings, ("</answer>",), that end a rollout beside the end token, and are kept;
                 # of teacher and evaluation too
                 "stop": (),
+                # "weights", "cache": held in eight bits while sampling (not in evaluation); set
+                # learn.old_logps=recompute and learn.is_weights=True with it
+                "int8": (),
             },
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},
@@ -98,6 +101,8 @@ def default_config() -> ConfigDict:
                 "micro_batches": 1,  # parts that a mini-batch's gradient is summed over
                 # | "recompute": one forward of the trainer before the updates
                 "old_logps": "sampler",
+                # with "recompute": a policy token's advantage times min(pi_old / sampler's, 2)
+                "is_weights": False,
             },
             "optimizer": {
                 "learning_rate": 1e-6,

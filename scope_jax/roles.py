@@ -19,7 +19,7 @@ from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
-from scope_jax.sampling import continue_from, decoding_layout
+from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate
 from scope_jax.splicing import INSERT
@@ -124,6 +124,12 @@ def check_options(config: ConfigDict, mesh) -> None:
             raise InputError(f"{group}.{key}={options[key]!r} is none of {', '.join(known)}")
     if config.sample.stop:
         encode_stop(config.sample.stop)
+    if unknown := set(config.sample.int8) - set(INT8):
+        raise InputError(f"sample.int8 must be some of {', '.join(INT8)}, got {sorted(unknown)}")
+    if config.learn.is_weights and config.learn.old_logps != "recompute":
+        raise InputError(
+            "learn.is_weights needs learn.old_logps=recompute: what would it weigh by?"
+        )
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
     rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]

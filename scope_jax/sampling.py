@@ -26,8 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.models import decoding
 from scope_jax.models.decoding import program
+from scope_jax.models.int8 import Int8, quantise_weights
 from scope_jax.models.kv_cache import KVCache, SharedPrompts
-from scope_jax.models.transformer import Transformer, declare
+from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.records import InputError, Rollouts
 from scope_jax.sharding import DECODING, Rules, shardings, spec
 
@@ -35,6 +36,7 @@ FEWEST_SLOTS = 4  # below it a step costs the same
 FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
 BUCKETS = 4  # sizes of the slots, and of the cache, that programs are compiled for
 FEWEST_COLUMNS = 48  # of a context: narrower ones are read no faster
+INT8 = ("weights", "cache")  # what `decoding_layout` can hold in eight bits
 PREFILL_TOKENS = 4096  # read in one forward, by each batch shard of a mesh
 
 
@@ -90,7 +92,8 @@ def generate(
     _check_prompts(prompt_ids, prompt_mask)
     if group_size < 1:
         raise InputError(f"group_size must be at least 1, got {group_size}")
-    if not (prompt_mask.shape[1] and jax.device_get(prompt_mask)[:, -1].all()):
+    mask = jax.device_get(prompt_mask)
+    if not (mask.shape[1] and mask[:, -1].all()):
         raise InputError(
             "every prompt needs a token in its last column: prompts are LEFT-padded and not empty"
         )
@@ -99,6 +102,7 @@ def generate(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
         row_ids, slots, stop_table, _vocab_size(model, params),
     )  # fmt: skip
+    _check_positions(model, mask.sum(-1), options["budgets"])
     sampled = _roll_out(
         model, params, prompt_ids, prompt_mask, key, group_size=group_size, **options
     )
@@ -153,7 +157,8 @@ def continue_from(
             f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, "
             f"got {lengths.min()} .. {lengths.max()}"
         )
-    if not (jax.device_get(prompt_mask).any(-1) | (lengths > 0)).all():
+    lengths = jax.device_get(prompt_mask).sum(-1) + lengths
+    if not lengths.all():
         raise InputError(
             "every row needs a token to continue from: its prompt and prefix are empty"
         )
@@ -161,12 +166,13 @@ def continue_from(
         rows, max_new_tokens, buffer_length, eos_ids, temperature, top_k, top_p, min_p, pad_id,
         row_ids, slots, stop_table, _vocab_size(model, params),
     )  # fmt: skip
+    _check_positions(model, lengths, options["budgets"])
     context, context_mask = _left_align(prompt_ids, prompt_mask, prefix_ids, prefix_length)
     sampled = _roll_out(model, params, context, context_mask, key, group_size=1, **options)
     return Rollouts(prompt_ids=prompt_ids, prompt_mask=prompt_mask, **sampled)
 
 
-def decoding_layout(model, params, mesh=None, rules: Rules = DECODING):
+def decoding_layout(model, params, mesh=None, rules: Rules = DECODING, *, int8=()):
     """Returns (model, params) as decoding wants them, for `generate` and `continue_from`.
 
     To be called once for weights that are sampled from, a training step's say. The weights are
@@ -179,9 +185,22 @@ def decoding_layout(model, params, mesh=None, rules: Rules = DECODING):
       model, params: another model than `Transformer` is returned as it is.
       mesh: the params'; None or a single device: only the dtype and the cut.
       rules: see sharding.py.
+      int8: what is held in eight bits, see models/int8.py: "weights" (of the layers), "cache" (keys
+        and values). Tokens and log-probs are then those of a slightly other model: train with
+        old_logps="recompute" and is_weights.
+    Raises:
+      InputError: an unknown name in `int8`, or a model that is not a `Transformer`.
     """
+    if unknown := set(int8) - set(INT8):
+        raise InputError(f"int8 must be some of {', '.join(INT8)}, got {sorted(unknown)}")
+    if int8 and not (isinstance(model, Transformer) and not model.blocks):
+        raise InputError("int8 needs a Transformer's own params, not yet laid out for decoding")
     if not isinstance(model, Transformer) or model.blocks:
         return model, params
+    if "cache" in int8:
+        model = dataclasses.replace(
+            model, config=dataclasses.replace(model.config, cache_dtype="int8")
+        )
     split = jax.default_backend() == "cpu"
     where = shardings(declare(model.config), mesh, rules) if mesh and mesh.size > 1 else None
     dtype = np.dtype(model.config.dtype)
@@ -190,23 +209,33 @@ def decoding_layout(model, params, mesh=None, rules: Rules = DECODING):
         as_is = jax.tree.map(
             lambda x, s, same: same and x.sharding.is_equivalent_to(s, x.ndim), params, where, as_is
         )
-    if not split and all(jax.tree.leaves(as_is)):
+    in_eight_bits = "weights" in int8
+    if not split and not in_eight_bits and all(jax.tree.leaves(as_is)):
         return model, params
-    params = _layout_program(model, mesh if where else None, rules, split)(params)
+    params = _layout_program(model, mesh if where else None, rules, split, in_eight_bits)(params)
     blocks = (1,) * model.config.num_layers if split else ()
     return dataclasses.replace(model, blocks=blocks), params
 
 
 @functools.cache
-def _layout_program(model, mesh, rules, split: bool):
+def _layout_program(model, mesh, rules, split: bool, in_eight_bits: bool):
+    declared = declare(model.config)
+
     def lay_out(params):
+        layers = params["layers"]
         params = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
+        if in_eight_bits:  # rounded once, from the precision that was given
+            params["layers"] = quantise_weights(layers, params["layers"], declared["layers"])
         return model.one_block_per_layer(params)[1] if split else params
 
     if mesh is None:
         return jax.jit(lay_out)
-    declared = declare(model.config)
     where = shardings(declared, mesh, rules)
+    if in_eight_bits:
+        where["layers"] = jax.tree.map(
+            functools.partial(_of_int8, mesh, rules), declared["layers"], where["layers"],
+            is_leaf=lambda x: isinstance(x, Weight),
+        )  # fmt: skip
     if split:  # an array per layer lies as the stack of all does
         unembed = NamedSharding(mesh, spec(("embed", "vocab"), rules))
         layers = (where["layers"],) * model.config.num_layers
@@ -214,11 +243,38 @@ def _layout_program(model, mesh, rules, split: bool):
     return jax.jit(lay_out, out_shardings=where)
 
 
+def _of_int8(mesh, rules, weight: Weight, where: NamedSharding):
+    """Returns where a weight lies in eight bits: its scales as what they scale."""
+    if not weight.in_dims:
+        return where
+    first, behind = weight.axes[:1], weight.axes[1 + weight.in_dims :]
+    scale = spec((*first, *(None,) * weight.in_dims, *behind), rules)
+    return Int8(where, NamedSharding(mesh, scale))
+
+
 def _check_prompts(prompt_ids, prompt_mask) -> None:
     if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
         raise InputError(
             "prompt_ids and prompt_mask must be two arrays [P, N], "
             f"got {prompt_ids.shape} and {prompt_mask.shape}"
+        )
+
+
+def _check_positions(model, lengths: np.ndarray, budgets: np.ndarray) -> None:
+    """Refuses rows that may grow longer than the model was made for.
+
+    Args:
+      lengths: [P] tokens of the contexts; budgets: [B], row-major by context.
+    """
+    if not (isinstance(model, Transformer) and len(lengths)):
+        return
+    totals = lengths[:, None] + budgets.reshape(len(lengths), -1)
+    longest = int(totals.max(initial=0))
+    if longest > model.config.max_position:
+        row = int(totals.argmax()) // totals.shape[1]
+        raise InputError(
+            f"context {row} has {lengths[row]} tokens and may grow to {longest}, the model was "
+            f"made for {model.config.max_position}: shorten it, or lower max_new_tokens"
         )
 
 

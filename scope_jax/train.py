@@ -82,9 +82,8 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
         prompts = policy.tokenize(records)
         prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
         options = {k: v for k, v in config.sample.items() if k != "stop"} | policy.ends
-        model, params = decoding_layout(policy.model, params, policy.mesh)  # a copy, gone on return
-        rollouts = generate(model, params, prompt_ids, prompt_mask, key, **options)
-        rollouts = jax.device_get(rollouts)
+        layout = decoding_layout(policy.model, params, policy.mesh, int8=options.pop("int8"))
+        rollouts = jax.device_get(generate(*layout, prompt_ids, prompt_mask, key, **options))
     rows = {
         "record": np.repeat(np.arange(len(records)), config.sample.group_size),
         "prompt_ids": rollouts.prompt_ids, "prompt_mask": rollouts.prompt_mask,
@@ -209,7 +208,8 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
         )  # fmt: skip
         infos = jax.device_get(infos)
     metrics = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
-    metrics["logp_gap"] = infos[0]["log_ratio_max"]  # sampler against trainer, same weights
+    # Sampler against trainer, same weights.
+    metrics["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])
     metrics["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
     return state, metrics
 

@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
 from scope_jax.models.kv_cache import positions_from_mask
-from scope_jax.records import PAD, TEACHER, InputError, TrainBatch, TrainState
+from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, TrainState
+
+IS_CAP = 2.0  # of `correct_for_sampler`'s weights
 
 
 def make_schedule(
@@ -240,15 +242,17 @@ def split_rows(batch: TrainBatch, parts: int) -> list[TrainBatch]:
 
 def update_policy(
     model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler",
-    ref_params=None,
-    temperature=1.0, chunk_size=1024, **options,
+    is_weights=False, ref_params=None, temperature=1.0, chunk_size=1024, **options,
 ):  # fmt: skip
     """Takes one optimizer update per mini-batch.
 
     Args:
       minis: mini-batches on the device, sampled under the weights of `state`.
       old_logps: "sampler" takes pi_old from the batch; "recompute" from one forward of `state`'s
-        weights, for POLICY tokens (a teacher's log-probs stay), before the first update.
+        weights, for POLICY tokens (a teacher's log-probs stay), before the first update; `logp_gap`
+        in the diagnostics is then the largest |recomputed - sampler's|.
+      is_weights: with "recompute", `correct_for_sampler`: for a sampler that is not quite the
+        policy (eight bits, another layout).
       ref_params: of the KL's reference; needed with kl_coef > 0.
       options: `train_step`'s.
     Returns:
@@ -256,20 +260,60 @@ def update_policy(
     """
     if old_logps not in ("sampler", "recompute"):
         raise InputError(f'old_logps must be "sampler" or "recompute", got {old_logps!r}')
+    if is_weights and old_logps != "recompute":
+        raise InputError('is_weights needs old_logps="recompute": there is nothing to weigh by')
     settings = {"temperature": temperature, "chunk_size": chunk_size}
+    about_sampler: list[dict] = [{} for _ in minis]
     if old_logps == "recompute":
-        minis = [
-            fill_logps(model, state.params, mini, field="old_logps", **settings) for mini in minis
+        sampled, minis = (
+            minis,
+            [
+                fill_logps(model, state.params, mini, field="old_logps", **settings)
+                for mini in minis
+            ],
+        )
+        corrected = [
+            correct_for_sampler(mini, old.old_logps, weigh=is_weights)
+            for mini, old in zip(minis, sampled, strict=True)
         ]
+        minis, about_sampler = [list(part) for part in zip(*corrected, strict=True)]
     if ref_params is not None:
         minis = [
             fill_logps(model, ref_params, mini, field="ref_logps", **settings) for mini in minis
         ]
     infos = []
-    for mini in minis:
+    for mini, about in zip(minis, about_sampler, strict=True):
         state, info = train_step(model, optimizer, state, mini, **settings, **options)
-        infos.append(info)
+        infos.append(info | about)
     return state, infos
+
+
+@functools.partial(jax.jit, static_argnames="weigh")
+def correct_for_sampler(
+    batch: TrainBatch, sampler_logps, *, weigh: bool = True
+) -> tuple[TrainBatch, dict]:
+    """Weighs a batch's POLICY tokens by how much likelier the policy draws them than its sampler.
+
+    The weight is truncated importance sampling's min(pi_old / pi_sampler, 2) (METHOD section 2, 9;
+    https://arxiv.org/abs/1802.01561). It multiplies the token's advantage: a clipped loss is linear
+    in it, and so entropy and KL keep their own weight.
+
+    Args:
+      batch: its old_logps are pi_old's, recomputed.
+      sampler_logps: [B, T] float32, the sampler's own; read at POLICY tokens only.
+      weigh: False leaves the advantages and only measures.
+    Returns:
+      (the batch, {logp_gap: largest |difference| of the log-probs, is_weight: mean weight}).
+    """
+    policy = batch.token_source == POLICY
+    gap = jnp.where(policy, batch.old_logps - sampler_logps, 0.0)
+    weight = jnp.minimum(jnp.exp(gap), IS_CAP)
+    info = {"logp_gap": jnp.abs(gap).max()}
+    if weigh:
+        batch = dataclasses.replace(batch, advantages=batch.advantages * weight)
+        mean = jnp.where(policy, weight, 0.0).sum() / jnp.maximum(policy.sum(), 1)
+        info["is_weight"] = mean
+    return batch, info
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size", "field"))

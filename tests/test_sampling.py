@@ -728,6 +728,35 @@ def test_bad_continuation_is_refused_before_anything_compiles(changes, message):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Untraced(Transformer):
+    def __call__(self, *_, **__):
+        raise AssertionError("the model was traced before the input was checked")
+
+
+def test_rows_that_may_outgrow_the_model_are_refused_before_anything_compiles():
+    short = Untraced(dataclasses.replace(CONFIG, max_position=12))
+    params, key = MODEL.init(jax.random.key(0)), jax.random.key(0)
+    with pytest.raises(InputError, match="context 0 has 5 tokens and may grow to 13, .* for 12: "):
+        generate(
+            short, params, PROMPT_IDS, PROMPT_MASK, key, group_size=2, max_new_tokens=8, eos_ids=()
+        )
+    # What a row really holds counts: padding does not, nor does another row's budget.
+    lengths, budgets = np.array([0, 2, 3, 4]), np.array([7, 7, 9, 4])
+    prefix = np.full((4, 9), 3, np.int32)
+    with pytest.raises(InputError, match="context 2 has 4 tokens and may grow to 13"):
+        continue_from(
+            short, params, PROMPT_IDS, PROMPT_MASK, prefix, lengths, key, max_new_tokens=budgets,
+            eos_ids=(),
+        )  # fmt: skip
+    budgets[2] = 8
+    with pytest.raises(AssertionError, match="traced"):
+        continue_from(
+            short, params, PROMPT_IDS, PROMPT_MASK, prefix, lengths, key, max_new_tokens=budgets,
+            eos_ids=(),
+        )  # fmt: skip
+
+
 # --- Transfers ------------------------------------------------------------------------------------
 
 

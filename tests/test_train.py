@@ -158,7 +158,13 @@ def test_a_finished_run_goes_on_as_if_it_had_never_stopped(tmp_path, scope_run):
     "options",
     [
         ("--config.method=luffy",),
-        ("--config.method=grpo", "--config.learn.old_logps=recompute", "--config.loss.kl_coef=0.1"),
+        (
+            "--config.method=grpo",
+            "--config.loss.kl_coef=0.1",
+            "--config.sample.int8=('weights', 'cache')",
+            "--config.learn.old_logps=recompute",
+            "--config.learn.is_weights=True",
+        ),
         (
             "--config.locate.locator=oracle",
             "--config.correct.insert=append",
@@ -183,6 +189,9 @@ def test_other_methods_and_options_run(tmp_path, options):
     if options[0] == "--config.method=luffy":  # one whole teacher trace in every group
         assert all(row["corrections/made"] == 8 for row in steps)
         assert all(row["corrections/first_error"] == 0.0 for row in steps)
+    if options[0] == "--config.method=grpo":  # sampled in eight bits, and corrected for it
+        assert all(1e-3 < row["logp_gap"] < 1 for row in steps)
+        assert all(0.99 < row["is_weight"] < 1.01 for row in steps)
 
 
 def test_all_right_groups_are_never_made_by_repair(tmp_path):

@@ -366,6 +366,28 @@ def test_old_logps_are_recomputed_once_before_the_first_update():
     np.testing.assert_allclose(infos[1]["log_ratio_max"], want_infos[1]["log_ratio_max"], rtol=1e-4)
 
 
+def test_advantages_are_weighed_by_recomputed_over_the_samplers_probability():
+    batch, options = random_batch(0), {"old_logps": "recompute"}
+    own, _ = score(Bigram(), bigram_params(), batch, temperature=TEMPERATURE, chunk_size=7)
+    is_policy = batch.token_source == POLICY
+    shift = np.random.default_rng(5).normal(scale=0.6, size=own.shape)  # some beyond log 2
+    assert (shift[is_policy] > np.log(2)).any()
+    sampled = np.where(is_policy, own - shift, batch.old_logps).astype(np.float32)
+    sampled = dataclasses.replace(batch, old_logps=sampled)
+    weights = np.where(is_policy, np.minimum(np.exp(shift), 2), 1).astype(np.float32)
+    weighed = dataclasses.replace(batch, advantages=batch.advantages * weights)
+    want, want_info = updates([weighed], **options)
+    found, info = updates([sampled], is_weights=True, **options)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(info[0]["loss"], want_info[0]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(info[0]["logp_gap"], np.abs(shift[is_policy]).max(), rtol=1e-4)
+    np.testing.assert_allclose(info[0]["is_weight"], weights[is_policy].mean(), rtol=1e-4)
+    other, _ = updates([sampled], **options)
+    assert np.abs(other["embed"] - found["embed"]).max() > 1e-4
+    with pytest.raises(InputError, match='is_weights needs old_logps="recompute"'):
+        updates([sampled], is_weights=True)
+
+
 def test_reference_log_probs_are_those_of_the_reference():
     params, minis = bigram_params(), [random_batch(0)]
     options = {"kl_coef": 0.2}

@@ -2,7 +2,8 @@
 
 Shapes: queries [B, L, heads, head_dim]; keys and values [B, kv_heads, S, head_dim]; query head h
 reads kv head h // (heads / kv_heads); mask [B, L, S] bool. Scores and softmax are float32. A query
-that sees nothing (padding) gets a finite value that nobody reads.
+that sees nothing (padding) gets a finite value that nobody reads. A cache's keys and values may be
+`Int8`, their scales [B, kv_heads, 1, S].
 
 Decoding reads a cache (`attend`, `attend_segment`). A whole context that reads itself (training,
 scoring, prefill) is `attend_context`, for which there are three back ends:
@@ -22,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AxisType, PartitionSpec
 
+from scope_jax.models.int8 import Int8
 from scope_jax.sharding import TRAINING, axis_for
 
 BACKENDS = ("auto", "xla", "splash", "cudnn")
@@ -33,9 +35,9 @@ BATCH_AXES = ("data", "fsdp")  # as TRAINING.batch has them
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns [B, L, heads, head_dim] in the values' dtype."""
-    probs = jax.nn.softmax(_scores(q, k, mask), axis=-1).astype(v.dtype)
-    return _mix(probs, v)
+    """Returns [B, L, heads, head_dim] in the values' dtype (the queries', of `Int8` values)."""
+    dtype = q.dtype if isinstance(v, Int8) else v.dtype
+    return _mix(jax.nn.softmax(_scores(q, k, mask), axis=-1), v, dtype)
 
 
 # --- A whole context that reads itself ------------------------------------------------------------
@@ -254,19 +256,23 @@ def attend_segment(q, k, v, mask, *, as_loops: bool = False) -> tuple[jax.Array,
     """
     batch, length, heads, head_dim = q.shape
     if as_loops:
+        k, scale = _integers(k, q.dtype)
         q = q.reshape(batch, length, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
         scores = (q[:, :, :, :, None] * k[:, :, None, None]).astype(jnp.float32).sum(-1)
-        scores = _masked(scores * head_dim**-0.5, mask)
+        scores = _masked(scores * (scale * head_dim**-0.5), mask)
     else:
         scores = _scores(q, k, mask)
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)  # [B, kv_heads, group, L, S]
     total = weights.sum(-1, keepdims=True)
     if as_loops:
+        v, scale = _integers(v, jnp.float32)
+        weights = weights * scale
         mixed = (weights[..., None] * v[:, :, None, None].astype(jnp.float32)).sum(-2) / total
         out = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
     else:
-        out = _mix((weights / total).astype(v.dtype), v).astype(jnp.float32)
+        dtype = q.dtype if isinstance(v, Int8) else v.dtype
+        out = _mix(weights / total, v, dtype).astype(jnp.float32)
     lse = (largest + jnp.log(total))[..., 0]  # [B, kv_heads, group, L]
     return out, lse.transpose(0, 3, 1, 2).reshape(batch, length, heads)
 
@@ -281,16 +287,25 @@ def merge_segments(first, second) -> jax.Array:
 def _scores(q, k, mask) -> jax.Array:
     """Returns masked [B, kv_heads, group, L, S] float32."""
     batch, length, heads, head_dim = q.shape
+    k, scale = _integers(k, q.dtype)
     q = q.reshape(batch, length, k.shape[1], heads // k.shape[1], head_dim)
     scores = jnp.einsum("blngk,bnsk->bngls", q, k, preferred_element_type=jnp.float32)
-    return _masked(scores * head_dim**-0.5, mask)
+    return _masked(scores * (scale * head_dim**-0.5), mask)
+
+
+def _integers(x, dtype):
+    """Returns (keys or values, the factor [B, kv_heads, 1, 1, S] of the scores, or 1)."""
+    if not isinstance(x, Int8):
+        return x, 1.0
+    return x.values.astype(dtype), x.scale[:, :, None]
 
 
 def _masked(scores, mask) -> jax.Array:
     return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _mix(probs, v) -> jax.Array:
-    out = jnp.einsum("bngls,bnsk->blngk", probs, v)
+def _mix(probs, v, dtype) -> jax.Array:
+    v, scale = _integers(v, dtype)
+    out = jnp.einsum("bngls,bnsk->blngk", (probs * scale).astype(dtype), v)
     batch, length, kv_heads, group, head_dim = out.shape
     return out.reshape(batch, length, kv_heads * group, head_dim)

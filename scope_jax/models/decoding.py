@@ -21,6 +21,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.drawing import draw
+from scope_jax.models.int8 import over_slots
 from scope_jax.models.kv_cache import (
     KVCache,
     move_rows,
@@ -128,7 +129,10 @@ def prefill(model, params, contexts, ids, mask, rows, places, *, width, length, 
     chunk = _read(model, params, *chosen, length=length)
     if isinstance(chunk.cache, KVCache):  # empty columns in front, as the rows are LEFT-padded
         left = ids.shape[1] - width
-        front = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(left, 0), (0, 0)])  # noqa: E731
+        pad = lambda x, axis: jnp.pad(  # noqa: E731
+            x, [(left, 0) if i == axis else (0, 0) for i in range(x.ndim)]
+        )
+        front = functools.partial(over_slots, pad)
         cache = dataclasses.replace(
             chunk.cache,
             keys=tuple(front(x) for x in chunk.cache.keys),

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
-Arrays = tuple[jax.Array, ...]  # one per block of layers, see transformer.py
+from scope_jax.models.int8 import Int8, over_slots, quantise_cache
+
+Arrays = tuple[jax.Array | Int8, ...]  # one per block of layers, see transformer.py
 
 
 @struct.dataclass
@@ -60,10 +62,14 @@ def init_cache(blocks, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:
     Args:
       blocks: layers in each block of the model's weights.
     """
-    shape = (batch, num_kv_heads, slots, head_dim)
+
+    def zeros(layers):
+        x = jnp.zeros((layers, batch, num_kv_heads, slots, head_dim), dtype)
+        return x if dtype != jnp.int8 else Int8(x, jnp.zeros((*x.shape[:3], 1, slots)))
+
     return KVCache(
-        keys=tuple(jnp.zeros((layers, *shape), dtype) for layers in blocks),
-        values=tuple(jnp.zeros((layers, *shape), dtype) for layers in blocks),
+        keys=tuple(zeros(layers) for layers in blocks),
+        values=tuple(zeros(layers) for layers in blocks),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
@@ -79,6 +85,21 @@ def in_row_major_order(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def write_tokens(cache, new: jax.Array, layer: jax.Array, slot: jax.Array):
+    """Returns a block's keys or values with a layer's new ones [B, kv_heads, L, head_dim] from
+    `slot` on, quantised where the cache is.
+    """
+    if isinstance(cache, Int8):
+        new = quantise_cache(new)
+
+    def write(x, new, axis):
+        at = [jnp.int32(0)] * x.ndim
+        at[0], at[axis] = layer, slot
+        return in_row_major_order(jax.lax.dynamic_update_slice(x, new[None], at))
+
+    return over_slots(write, cache, new)
+
+
 def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> KVCache:
     """Returns the cache of some rows with another number of slots, of which slot 0 was `first`.
 
@@ -88,8 +109,7 @@ def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> 
       slots: more or fewer than now; cache.length - first of them are taken.
     """
 
-    def move(x, axis, fill):  # the batch axis is `axis`, the slots' is behind it or two behind
-        slot_axis = axis + 1 if x.ndim == 2 else axis + 2
+    def move(x, slot_axis, axis=1, fill=0):  # the batch axis is `axis`
         x = take_in_shards(x, rows, axis=axis)
         x = jnp.roll(x, -first, axis=slot_axis)
         have = x.shape[slot_axis]
@@ -99,12 +119,12 @@ def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> 
         return jnp.pad(x, padding, constant_values=fill)
 
     length = cache.length - first
-    positions = move(cache.positions, 0, -1)
+    positions = move(cache.positions, 1, axis=0, fill=-1)
     positions = jnp.where(jnp.arange(slots)[None, :] < length, positions, -1)
     return dataclasses.replace(
         cache,
-        keys=tuple(move(x, 1, 0) for x in cache.keys),
-        values=tuple(move(x, 1, 0) for x in cache.values),
+        keys=tuple(over_slots(move, x) for x in cache.keys),
+        values=tuple(over_slots(move, x) for x in cache.values),
         positions=positions,
         length=length,
     )

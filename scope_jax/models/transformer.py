@@ -29,12 +29,13 @@ from scope_jax.models.attention import (
     context_mask,
     merge_segments,
 )
+from scope_jax.models.int8 import product
 from scope_jax.models.kv_cache import (
     KVCache,
     SharedPrompts,
-    in_row_major_order,
     init_cache,
     take_in_shards,
+    write_tokens,
 )
 
 Params = dict[str, Any]
@@ -69,6 +70,7 @@ class TransformerConfig:
     max_position: int = 4096  # longest context that the weights were made for
     dtype: str = "float32"  # of the computation; softmax, norms and rotary angles stay float32
     remat: bool = False  # recompute layers in the backward pass instead of storing activations
+    cache_dtype: str = ""  # of keys and values: "" = the computation's | "int8"
     attention: str = "auto"  # of whole contexts: "xla" | "splash" | "cudnn", "auto" by platform
 
 
@@ -155,7 +157,8 @@ class Transformer:
     def init_cache(self, batch: int, slots: int) -> KVCache:
         c = self.config
         blocks = self.blocks or (c.num_layers,)
-        return init_cache(blocks, batch, slots, c.num_kv_heads, c.head_dim, jnp.dtype(c.dtype))
+        dtype = jnp.dtype(c.cache_dtype or c.dtype)
+        return init_cache(blocks, batch, slots, c.num_kv_heads, c.head_dim, dtype)
 
     def unembed(self, params: Params) -> jax.Array:
         """Returns [D, V]."""
@@ -261,7 +264,7 @@ class Transformer:
         c, dtype = self.config, x.dtype
 
         def project(name, inputs):  # [B, L, D] -> [B, L, heads, head_dim]
-            out = jnp.einsum("bld,dhk->blhk", inputs, w[name]["w"].astype(dtype))
+            out = product("bld,dhk->blhk", inputs, w[name]["w"])
             out = out + w[name]["b"].astype(dtype)[None, None] if c.qkv_bias else out
             return rms_norm(out, w[name]["norm"], c.rms_norm_eps) if "norm" in w[name] else out
 
@@ -270,12 +273,11 @@ class Transformer:
         v = project("v", normed)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, L, head_dim]
         if cache is not None:
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, 0, cache.length, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, 0, cache.length, 0))
-            keys, values = in_row_major_order(keys), in_row_major_order(values)
+            keys = write_tokens(keys, k, index, cache.length)
+            values = write_tokens(values, v, index, cache.length)
             if mask is not None:
-                k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-                v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+                of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
+                k, v = jax.tree.map(of_layer, (keys, values))
         if mask is None:
             attended = attend_context(
                 q, k, v, positions, sliding_window=c.sliding_window, backend=c.attention
@@ -287,11 +289,11 @@ class Transformer:
             own = attend_segment(q, k, v, mask, as_loops=as_loops)
             prompts = attend_prompts(q, *prompt, as_loops=as_loops)
             attended = merge_segments(own, prompts).astype(dtype)
-        x = x + jnp.einsum("blhk,hkd->bld", attended, w["o"].astype(dtype))
+        x = x + product("blhk,hkd->bld", attended, w["o"])
         normed = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
-        gate = jax.nn.silu(jnp.einsum("bld,df->blf", normed, w["gate"].astype(dtype)))
-        up = jnp.einsum("bld,df->blf", normed, w["up"].astype(dtype))
-        return x + jnp.einsum("blf,fd->bld", gate * up, w["down"].astype(dtype)), keys, values
+        gate = jax.nn.silu(product("bld,df->blf", normed, w["gate"]))
+        up = product("bld,df->blf", normed, w["up"])
+        return x + product("blf,fd->bld", gate * up, w["down"]), keys, values
 
 
 def blocks_of(layers) -> tuple[Params, ...]:

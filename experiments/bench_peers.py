@@ -1,0 +1,96 @@
+"""Times rollouts of this library and of its peers, one after another on one machine.
+
+    python experiments/bench_peers.py --peers ../shared/peers --models MODELS \\
+        --torch TV/bin/python --tunix PV/bin/python --out peers.json
+
+MODELS holds `tiny` and `q05` of make_model.py; TV and PV are the environments of the peers' README.
+Every line is the median of --reps repetitions in a process of its own, compilation outside; the
+order is ours, Tunix, torch, so that a machine that slows down harms neither side alone: ours is run
+again at the end, and both medians are printed. Progress goes to stderr, a Markdown table to stdout,
+every process's JSON line to --out. About 40 minutes on two cores; nothing else may run.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+CASES = {
+    "W1 tiny": ("W1", "tiny", "--P 8 --G 8 --new-tokens 128"),
+    "W1 q05": ("W1", "q05", "--P 4 --G 4 --new-tokens 32"),
+    "W4 tiny, 64 slots": ("W4", "tiny", "--P 8 --G 8 --new-tokens 256 --slots 64"),
+    "W4 tiny, 16 slots": ("W4", "tiny", "--P 8 --G 8 --new-tokens 256 --slots 16"),
+}
+HERE = pathlib.Path(__file__).parent
+OURS = {"W1": "bench_decode.py", "W4": "bench_long_tail.py"}
+PEERS = ("scope_jax", "Tunix", "torch loop", "transformers generate", "transformers cb")
+PEERS += ("scope_jax again",)
+
+
+def command(peer: str, workload: str, args) -> list[str]:
+    if peer.startswith("scope_jax"):
+        return [sys.executable, str(HERE / OURS[workload])]
+    if peer == "Tunix":
+        return [args.tunix, str(args.peers / "tunix_sampler.py"), "--workload", workload]
+    impl = peer.split()[-1]
+    return [args.torch, str(args.peers / "hf.py"), "--workload", workload, "--impl", impl]
+
+
+def run(peer: str, case: str, args) -> dict:
+    workload, model, sizes = CASES[case]
+    line = command(peer, workload, args)
+    line += ["--model-dir", str(args.models / model), *sizes.split(), "--reps", str(args.reps)]
+    print(f"{case}: {peer}", file=sys.stderr, flush=True)
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        raise SystemExit(f"{' '.join(line)} failed")
+    return {"case": case, "name": peer, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def table(rows: list[dict]) -> str:
+    """Returns a Markdown table: tokens/s, ratio to ours, seconds to the first token, peak memory.
+
+    Raises:
+      SystemExit: two lines of a case are not of the same work.
+    """
+    lines = ["| work | library | tokens/s | ours is faster by | first token s | peak MB |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = [row for row in rows if row["case"] == case]
+        if len({row["work_hash"] for row in of_case}) != 1:
+            raise SystemExit(f"{case}: the inputs differ: {[row['work_hash'] for row in of_case]}")
+        ours = [row["tokens_per_s"] for row in of_case if row["name"].startswith("scope_jax")]
+        for row in of_case:
+            ratio = statistics.mean(ours) / row["tokens_per_s"]
+            shown = "" if row["name"].startswith("scope_jax") else f"{ratio:.2f}x"
+            lines.append(
+                f"| {case} | {row['name']} | {row['tokens_per_s']:,.0f} | {shown} | "
+                f"{row['ttft_s'] or float('nan'):.2f} | {row['peak_rss_mb']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--peers", type=pathlib.Path, required=True, help="folder of the peers' scripts")
+    add("--models", type=pathlib.Path, required=True, help="folder of tiny and q05")
+    add("--torch", required=True, help="python of the environment with torch and transformers")
+    add("--tunix", required=True, help="python of the environment with Tunix")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES))
+    add("--reps", type=int, default=5)
+    add("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    rows = []
+    for case in args.cases:
+        for peer in PEERS:
+            rows.append(run(peer, case, args))
+            args.out.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
