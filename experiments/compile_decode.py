@@ -31,9 +31,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from scope_jax.models import decoding
+from scope_jax.models.int8 import quantise_weights
 from scope_jax.models.kv_cache import SharedPrompts
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
-from scope_jax.sampling import PREFILL_TOKENS
+from scope_jax.sampling import INT8, PREFILL_TOKENS, shardings_of_int8
 from scope_jax.sharding import DECODING, make_mesh, shardings, spec
 
 QWEN_7B = TransformerConfig(
@@ -56,12 +57,18 @@ def abstract(tree, where):
     )
 
 
-def programs(config, mesh, *, prompts: int, group: int, width: int, columns: int, rules=DECODING):
+def programs(
+    config, mesh, *, prompts: int, group: int, width: int, columns: int, rules=DECODING, int8=()
+):  # fmt: skip
     """Lowers the programs of `generate` as `sampling.py` calls them, all rows in flight.
 
+    Args:
+      int8: as `decoding_layout`'s.
     Returns:
       ({name: function that lowers it}, bytes of the weights on a device, bytes of keys and values).
     """
+    if "cache" in int8:
+        config = dataclasses.replace(config, cache_dtype="int8")
     model, place = Transformer(config), NamedSharding(mesh, spec(("batch",), rules))
     rows, shards = prompts * group, mesh.shape["data"] * mesh.shape["fsdp"]
     everywhere = NamedSharding(mesh, spec((), rules))
@@ -71,6 +78,10 @@ def programs(config, mesh, *, prompts: int, group: int, width: int, columns: int
         lambda w, s: array(w.shape, dtype, s), declared, shardings(declared, mesh, rules),
         is_leaf=lambda x: isinstance(x, Weight),
     )  # fmt: skip
+    if "weights" in int8:
+        quantise = functools.partial(quantise_weights, declared=declared["layers"])
+        layers = jax.eval_shape(quantise, params["layers"], params["layers"])
+        params["layers"] = abstract(layers, shardings_of_int8(declared["layers"], mesh, rules))
     ids, mask = (array((prompts, width), dtype, place) for dtype in (jnp.int32, jnp.bool_))
     empty = functools.partial(
         decoding.no_contexts.__wrapped__, model, places=prompts, length=columns, place=None
@@ -250,7 +261,8 @@ def measure(config, topology: str, sizes: dict[str, int], **work) -> dict:
     sent = collectives(computations)
     rows = work["prompts"] * work["group"] // (mesh.shape["data"] * mesh.shape["fsdp"])
     heads = config.num_kv_heads // mesh.shape["model"]
-    one_layer = rows * heads * work["columns"] * config.head_dim * jnp.dtype(config.dtype).itemsize
+    item = 1 if "cache" in work["int8"] else jnp.dtype(config.dtype).itemsize
+    one_layer = rows * heads * work["columns"] * config.head_dim * item
     clock, bandwidth = CHIPS[topology.split(":")[0]]
     gib = lambda x: round(x / GIB, 3)  # noqa: E731
     return {
@@ -278,10 +290,11 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=16, help="rows of a prompt")
     parser.add_argument("--width", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--columns", type=int, default=1024, help="tokens of a completion")
+    parser.add_argument("--int8", nargs="*", default=(), choices=INT8, help="in eight bits")
     args = parser.parse_args()
     sizes = {name: int(n) for name, n in (part.split("=") for part in args.mesh.split(","))}
     config = dataclasses.replace(QWEN_7B, num_layers=args.layers)
-    work = {name: getattr(args, name) for name in ("prompts", "group", "width", "columns")}
+    work = {name: getattr(args, name) for name in ("prompts", "group", "width", "columns", "int8")}
     print(json.dumps(measure(config, args.topology, sizes, **work)))
 
 

@@ -232,10 +232,7 @@ def _layout_program(model, mesh, rules, split: bool, in_eight_bits: bool):
         return jax.jit(lay_out)
     where = shardings(declared, mesh, rules)
     if in_eight_bits:
-        where["layers"] = jax.tree.map(
-            functools.partial(_of_int8, mesh, rules), declared["layers"], where["layers"],
-            is_leaf=lambda x: isinstance(x, Weight),
-        )  # fmt: skip
+        where["layers"] = shardings_of_int8(declared["layers"], mesh, rules)
     if split:  # an array per layer lies as the stack of all does
         unembed = NamedSharding(mesh, spec(("embed", "vocab"), rules))
         layers = (where["layers"],) * model.config.num_layers
@@ -243,13 +240,19 @@ def _layout_program(model, mesh, rules, split: bool, in_eight_bits: bool):
     return jax.jit(lay_out, out_shardings=where)
 
 
-def _of_int8(mesh, rules, weight: Weight, where: NamedSharding):
-    """Returns where a weight lies in eight bits: its scales as what they scale."""
-    if not weight.in_dims:
-        return where
-    first, behind = weight.axes[:1], weight.axes[1 + weight.in_dims :]
-    scale = spec((*first, *(None,) * weight.in_dims, *behind), rules)
-    return Int8(where, NamedSharding(mesh, scale))
+def shardings_of_int8(declared, mesh, rules: Rules = DECODING):
+    """Returns where layers lie whose linear maps are `Int8`: scales as the outputs they scale."""
+
+    def one(weight: Weight, where) -> Any:
+        if not weight.in_dims:
+            return where
+        behind = weight.axes[1 + weight.in_dims :]
+        axes = (weight.axes[0], *(None,) * weight.in_dims, *behind)
+        scale: Any = NamedSharding(mesh, spec(axes, rules))
+        return Int8(where, scale)
+
+    is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
+    return jax.tree.map(one, declared, shardings(declared, mesh, rules), is_leaf=is_weight)
 
 
 def _check_prompts(prompt_ids, prompt_mask) -> None:

@@ -7,11 +7,13 @@ import dataclasses
 import importlib.util
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
-from scope_jax.models.transformer import TransformerConfig
-from scope_jax.sharding import TRAINING
+from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
+from scope_jax.sharding import TRAINING, spec
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip(
@@ -73,11 +75,54 @@ def test_training_layout_would_gather_weights(tool):
 
 
 def test_cache_in_another_order_would_be_copied(tool, monkeypatch):
-    monkeypatch.setattr("scope_jax.models.transformer.in_row_major_order", lambda x: x)
+    monkeypatch.setattr("scope_jax.models.kv_cache.in_row_major_order", lambda x: x)
     unordered = dataclasses.replace(CONFIG, rope_theta=2e4)  # traced anew
     computations, hbm = compile_segment(tool, "v5e:2x4", unordered)
     assert tool.big_copies(computations, ONE_LAYER)
     assert hbm > 1.10
+
+
+def test_eight_bits_are_read_as_they_are(tool):
+    int8 = ("weights", "cache")
+    mesh = tool.topology_mesh("v5e:2x4", **SIZES)
+    lowered, weights, kv = tool.programs(CONFIG, mesh, **WORK, int8=int8)
+    compiled = lowered["segment"]().compile()
+    computations = tool.parse(compiled.as_text())
+    assert tool.big_copies(computations, ONE_LAYER // 2) == []  # no copy in bfloat16 either
+    assert tool.hbm(compiled) <= 1.10 * (weights + kv)
+    _, whole_weights, whole_kv = tool.programs(CONFIG, mesh, **WORK)
+    assert weights < 0.75 * whole_weights  # the embedding, a third of this model, is whole
+    assert kv < 0.52 * whole_kv
+
+
+def test_training_attends_by_the_kernel_on_each_chips_own_heads(tool):
+    length, mesh = 1024, tool.topology_mesh("v5e:2x4", **SIZES)
+    model, declared = Transformer(CONFIG), declare(CONFIG)
+    array = lambda shape, dtype, axes: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(mesh, spec(axes))
+    )
+    params = jax.tree.map(
+        lambda w: array(w.shape, jnp.bfloat16, w.axes), declared,
+        is_leaf=lambda x: isinstance(x, Weight),
+    )  # fmt: skip
+    tokens = array((8, length), jnp.int32, ("batch",))
+
+    def loss(params, tokens, positions):
+        return model(params, tokens, positions=positions)[0].astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile()
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text and "splash" in text
+    # Nobody sends queries, keys or scores around: heads and rows stay on their chip.
+    rows, heads = 8 // 2, CONFIG.num_heads // 4
+    gathers = [
+        op for ops in tool.parse(text).values() for op in ops
+        if op.kind in ("all-gather", "all-to-all") and f"{length},{CONFIG.head_dim}]" in op.text
+    ]  # fmt: skip
+    assert gathers == []
+    # Scores of all queries in float32 would take more than all that the program holds for now.
+    scores = rows * heads * length * length * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < CONFIG.num_layers * scores
 
 
 def test_sizes_are_read_from_the_compiled_text(tool):

@@ -354,6 +354,8 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
         ("--config.correct.accept=all", "is none of verified_correct, prm_ok, any"),
         ("--config.loss.off_policy=shape", "loss.off_policy='shape' is none of shaped"),
         ("--config.optimizer.schedule=cos", "schedule must be one of"),
+        ("--config.sample.int8=('kv',)", "sample.int8 must be some of weights, cache, got ['kv']"),
+        ("--config.learn.is_weights=True", "learn.is_weights needs learn.old_logps=recompute"),
         ("--config.reward.fn=scope_jax.rewards:verfy", "did you mean 'verify'?"),
         ("--config.task.n=13", "1 to 12 sums, got 1"),
         ("--config.prompt.chat=True", "has no chat template"),

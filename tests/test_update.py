@@ -370,7 +370,7 @@ def test_advantages_are_weighed_by_recomputed_over_the_samplers_probability():
     batch, options = random_batch(0), {"old_logps": "recompute"}
     own, _ = score(Bigram(), bigram_params(), batch, temperature=TEMPERATURE, chunk_size=7)
     is_policy = batch.token_source == POLICY
-    shift = np.random.default_rng(5).normal(scale=0.6, size=own.shape)  # some beyond log 2
+    shift = np.random.default_rng(5).normal(scale=1.0, size=own.shape)  # some beyond log 2
     assert (shift[is_policy] > np.log(2)).any()
     sampled = np.where(is_policy, own - shift, batch.old_logps).astype(np.float32)
     sampled = dataclasses.replace(batch, old_logps=sampled)

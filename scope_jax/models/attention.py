@@ -14,6 +14,7 @@ scoring, prefill) is `attend_context`, for which there are three back ends:
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,9 +164,10 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
 
 def _splash(q, k, v, positions, *, sliding_window, interpret) -> jax.Array:
     length, heads, head_dim = q.shape[1:]
-    windowed = sliding_window is not None and sliding_window < length
+    if sliding_window is not None and sliding_window >= length:
+        sliding_window = None
     order = None
-    if windowed:  # the kernel's window counts columns
+    if sliding_window is not None:  # the kernel's window counts columns
         order = _real_first(positions)
         q, k, v = _take(q, order, 1), _take(k, order, 2), _take(v, order, 2)
         positions = _take(positions, order, 1)
@@ -178,7 +180,7 @@ def _splash(q, k, v, positions, *, sliding_window, interpret) -> jax.Array:
     # Padding is a segment of its own: it reads padding, so no query reads nothing (0 / 0).
     segment = pad((positions >= 0).astype(jnp.int32), 1)
     shape = (padded, padded)
-    if windowed:
+    if sliding_window is not None:
         mask = splash_mask.LocalMask(shape, (sliding_window - 1, 0), offset=0)
     else:
         mask = splash_mask.CausalMask(shape)
@@ -192,7 +194,7 @@ def _splash(q, k, v, positions, *, sliding_window, interpret) -> jax.Array:
     )  # fmt: skip
     scaled = (q * head_dim**-0.5).astype(k.dtype).swapaxes(1, 2)  # [B, heads, L, head_dim]
     segments = splash_kernel.SegmentIds(q=segment, kv=segment)
-    out = jax.vmap(kernel)(pad(scaled, 2), pad(k, 2), pad(v, 2), segments)
+    out: Any = jax.vmap(kernel)(pad(scaled, 2), pad(k, 2), pad(v, 2), segments)
     out = out[:, :, :length].swapaxes(1, 2)
     return out if order is None else _take(out, jnp.argsort(order, axis=1), 1)
 
@@ -206,7 +208,9 @@ def cudnn_fits(q: jax.Array) -> bool:
     return half and head_dim % 8 == 0 and head_dim <= 128 and jax.default_backend() == "gpu"
 
 
-def attend_cudnn(q, k, v, positions, *, sliding_window=None, implementation="cudnn") -> jax.Array:
+def attend_cudnn(
+    q, k, v, positions, *, sliding_window=None, implementation: Any = "cudnn"
+) -> jax.Array:
     """cuDNN's kernel; rows are moved so that their real tokens come first.
 
     Then the causal mask alone keeps padding out, and no [B, L, L] mask goes to the kernel, which
@@ -235,9 +239,11 @@ def _real_first(positions: jax.Array) -> jax.Array:
 
 def _take(x: jax.Array, order: jax.Array, axis: int) -> jax.Array:
     """Returns x with its columns, on `axis`, in each row's order [B, L], a permutation."""
-    take = lambda x, order: x.at[(slice(None),) * (axis - 1) + (order,)].get(  # noqa: E731
-        mode="promise_in_bounds", unique_indices=True
-    )
+
+    def take(x: jax.Array, order: jax.Array) -> jax.Array:
+        where: Any = (slice(None),) * (axis - 1) + (order,)
+        return x.at[where].get(mode="promise_in_bounds", unique_indices=True)
+
     return jax.vmap(take)(x, order)
 
 

@@ -89,15 +89,13 @@ def write_tokens(cache, new: jax.Array, layer: jax.Array, slot: jax.Array):
     """Returns a block's keys or values with a layer's new ones [B, kv_heads, L, head_dim] from
     `slot` on, quantised where the cache is.
     """
-    if isinstance(cache, Int8):
-        new = quantise_cache(new)
 
     def write(x, new, axis):
         at = [jnp.int32(0)] * x.ndim
         at[0], at[axis] = layer, slot
         return in_row_major_order(jax.lax.dynamic_update_slice(x, new[None], at))
 
-    return over_slots(write, cache, new)
+    return over_slots(write, cache, quantise_cache(new) if isinstance(cache, Int8) else new)
 
 
 def move_rows(cache: KVCache, rows: jax.Array, first: jax.Array, slots: int) -> KVCache:

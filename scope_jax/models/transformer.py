@@ -219,7 +219,7 @@ class Transformer:
             weights, index, prompt_kv = scanned
             prompt = None if shared is None else (*prompt_kv, prompt_mask, shared)
             x, keys, values = self._layer(
-                weights, index, x, keys, values, cache, mask, angles, prompt, positions
+                weights, index, x, keys, values, cache, mask, positions, angles, prompt
             )
             return (x, keys, values), None
 
@@ -259,7 +259,7 @@ class Transformer:
             mask &= key_positions > reader[:, :, None] - self.config.sliding_window
         return mask
 
-    def _layer(self, w, index, x, keys, values, cache, mask, angles, prompt=None, positions=None):
+    def _layer(self, w, index, x, keys, values, cache, mask, positions, angles, prompt=None):
         """Mask None: the tokens at `positions` read each other and nothing else."""
         c, dtype = self.config, x.dtype
 
