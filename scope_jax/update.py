@@ -265,16 +265,13 @@ def update_policy(
     settings = {"temperature": temperature, "chunk_size": chunk_size}
     about_sampler: list[dict] = [{} for _ in minis]
     if old_logps == "recompute":
-        sampled, minis = (
-            minis,
-            [
-                fill_logps(model, state.params, mini, field="old_logps", **settings)
-                for mini in minis
-            ],
-        )
+        of_sampler = [mini.old_logps for mini in minis]
+        minis = [
+            fill_logps(model, state.params, mini, field="old_logps", **settings) for mini in minis
+        ]
         corrected = [
-            correct_for_sampler(mini, old.old_logps, weigh=is_weights)
-            for mini, old in zip(minis, sampled, strict=True)
+            correct_for_sampler(mini, logps, weigh=is_weights)
+            for mini, logps in zip(minis, of_sampler, strict=True)
         ]
         minis, about_sampler = [list(part) for part in zip(*corrected, strict=True)]
     if ref_params is not None:
