@@ -34,14 +34,16 @@ def test_transformers_computes_the_same_with_a_sharded_save(family, tmp_path):
     save_hf(tmp_path, *load_hf(GOLDENS / family), max_shard_bytes=40_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    model = load(transformers.AutoModelForCausalLM, tmp_path, torch.float32)
     golden = np.load(GOLDENS / family / "golden.npz")
     mask = torch.tensor(golden["mask"])
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        ids = torch.tensor(golden["ids"]).long()
-        logits = model(ids, attention_mask=mask.long(), position_ids=positions).logits.numpy()
-    assert np.abs(logits - golden["logits"])[golden["mask"]].max() <= 1e-6
+    ids, logits = torch.tensor(golden["ids"]).long(), []
+    for path in (tmp_path, GOLDENS / family):
+        model = load(transformers.AutoModelForCausalLM, path, torch.float32)
+        with torch.no_grad():
+            logits.append(model(ids, attention_mask=mask.long(), position_ids=positions).logits)
+    assert torch.equal(*logits)  # the golden's own may be of another CPU, which rounds otherwise
+    assert np.abs(logits[0].numpy() - golden["logits"])[golden["mask"]].max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -244,7 +244,7 @@ def hidden_under_mask(model, params, tokens, positions, mask):
     angles = rotary_angles(positions, c.head_dim, c.rope_theta)
     for n in range(c.num_layers):
         w = jax.tree.map(lambda a, n=n: a[n], params["layers"])
-        x, _, _ = model._layer(w, n, x, None, None, None, mask, angles)
+        x, _, _ = model._layer(w, n, x, None, None, None, mask, positions, angles)
     return rms_norm(x, params["final_norm"], c.rms_norm_eps)
 
 
