@@ -91,8 +91,7 @@ def programs(
     keys, key = array((rows, 2), jnp.uint32), jax.random.key(0)
     start = functools.partial(
         decoding.start.__wrapped__, model, slots=rows, columns=columns, rows=rows, length=columns,
-        stops=False,
-        pad_id=0, place=None,
+        pad_id=0, place=None, stops=False,
     )  # fmt: skip
     state = jax.eval_shape(start, contexts, keys)
     state = abstract(state, decoding.placement(state, place))

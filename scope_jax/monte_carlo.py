@@ -21,7 +21,7 @@ from scope_jax.records import InputError, Rollouts
 from scope_jax.rewards import score_completions, verify
 from scope_jax.sampling import continue_from, decoding_layout, generate
 from scope_jax.steps import segment_steps, step_texts
-from scope_jax.stopping import stop_table
+from scope_jax.stopping import row_ends
 from scope_jax.tasks.math_problems import read_problems
 
 
@@ -169,9 +169,8 @@ def label_problems(
     records = read_problems(data)[:problems]
     tokenizer, eos_ids = load_tokenizer(policy)
     model, params = decoding_layout(*load_hf(policy))
-    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    table = stop_table(tokenizer, stop, model.config.vocab_size) if stop else None
-    ends = {"eos_ids": eos_ids, "stop_table": jax.device_put(table), "pad_id": pad_id}
+    ends = row_ends(tokenizer, eos_ids, stop, model.config.vocab_size)
+    ends["stop_table"] = jax.device_put(ends["stop_table"])
     labeller = Labeller(model, params, tokenizer, ends, rows=rows, **labelling)
     render = functools.partial(
         render_prompt, tokenizer, template="{problem}", chat=bool(tokenizer.chat_template)
@@ -183,7 +182,7 @@ def label_problems(
         real = min(group, len(records) - start)  # the last batch is filled up
         prompts = tokenize_prompts(
             chosen, tokenizer=tokenizer, render=render, max_prompt_length=prompt_length,
-            pad_id=pad_id,
+            pad_id=ends["pad_id"],
         )  # fmt: skip
         written += labeller.label(prompts, chosen, real, jax.random.fold_in(key, start))
         seconds = time.perf_counter() - began

@@ -23,7 +23,7 @@ from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate
 from scope_jax.splicing import INSERT
-from scope_jax.stopping import encode_stop, stop_table
+from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
 
 # Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
@@ -76,7 +76,8 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
             f"{model.config.max_position}: lower data.max_prompt_length, sample.max_new_tokens or "
             "eval.max_new_tokens"
         )
-    ends = row_ends(model, tokenizer, eos_ids, config.sample.stop, mesh)
+    ends = row_ends(tokenizer, eos_ids, config.sample.stop, model.config.vocab_size)
+    ends["stop_table"] = replicate(ends["stop_table"], mesh)
     policy = Policy(
         mesh=mesh,
         model=model,
@@ -96,15 +97,6 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         check_steps=check_steps,
     )
     return policy, params
-
-
-def row_ends(model, tokenizer, eos_ids, stop, mesh) -> dict[str, Any]:
-    """Returns eos_ids, stop_table (None where `stop` is empty) and pad_id of `generate`."""
-    table = None
-    if stop:
-        table = replicate(stop_table(tokenizer, stop, model.config.vocab_size), mesh)
-    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {"eos_ids": eos_ids, "stop_table": table, "pad_id": pad_id}
 
 
 def check_options(config: ConfigDict, mesh) -> None:
@@ -241,8 +233,10 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
     )
     model, params = decoding_layout(model, params, policy.mesh)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
+    ends = row_ends(tokenizer, eos_ids, config.sample.stop, model.config.vocab_size)
     sampling = {
-        **row_ends(model, tokenizer, eos_ids, config.sample.stop, policy.mesh),
+        **ends,
+        "stop_table": replicate(ends["stop_table"], policy.mesh),
         "temperature": config.teacher.temperature,
         "top_p": config.teacher.top_p,
     }

@@ -54,6 +54,16 @@ def stop_table(tokenizer: Any, stop: Sequence[str], vocab_size: int) -> np.ndarr
     return _walk(_automaton(strings), tokens, vocab_size)
 
 
+def row_ends(tokenizer: Any, eos_ids, stop: Sequence[str], vocab_size: int) -> dict[str, Any]:
+    """Returns eos_ids, stop_table (None where `stop` is empty) and pad_id of `generate`.
+
+    What stands behind a row's end is the tokenizer's padding, or its first end token.
+    """
+    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    table = stop_table(tokenizer, stop, vocab_size) if stop else None
+    return {"eos_ids": eos_ids, "stop_table": table, "pad_id": pad_id}
+
+
 def encode_stop(stop: Sequence[str]) -> list[bytes]:
     """Returns the UTF-8 of stop strings; InputError as `stop_table`."""
     if isinstance(stop, str) or not isinstance(stop, Sequence):
@@ -69,8 +79,10 @@ def encode_stop(stop: Sequence[str]) -> list[bytes]:
 def _automaton(strings: list[bytes]) -> np.ndarray:
     """Returns the state after each byte from each state, [states, 256]."""
     beginnings = {text[:n] for text in strings for n in range(len(text))}
+    # Sorted to the last byte: a set's order is another one in every process, and so on every host.
+    ordered = sorted(beginnings, key=lambda text: (len(text), text))
     # Behind a string that was found nothing is read on.
-    reached = [b for b in sorted(beginnings, key=len) if not any(text in b for text in strings)]
+    reached = [b for b in ordered if not any(text in b for text in strings)]
     number, found = {b: i for i, b in enumerate(reached)}, len(reached)
     moves = np.zeros((found + 1, 256), np.int32)
     moves[found] = found

@@ -265,7 +265,8 @@ def test_a_table_that_nothing_completes_changes_no_row(params, whole):
 
 def test_columns_that_grow_and_slots_that_shrink_keep_the_state(params, whole, monkeypatch):
     monkeypatch.setattr("scope_jax.sampling.FIRST_COLUMNS", 6)
-    check_stopped(sample(params, slots=8, stop_table=TABLE), whole)
+    ends = check_stopped(sample(params, slots=8, stop_table=TABLE), whole)
+    assert len(set(ends)) > 3 and None in ends
 
 
 def test_mesh_changes_no_row(params, whole):
@@ -275,7 +276,8 @@ def test_mesh_changes_no_row(params, whole):
         MODEL, replicate(params, mesh), *prompts, jax.random.key(1), group_size=GROUP,
         max_new_tokens=LENGTH, slots=8, stop_table=replicate(TABLE, mesh), **OPTIONS,
     )  # fmt: skip
-    check_stopped(jax.device_get(rows), whole)
+    ends = check_stopped(jax.device_get(rows), whole)
+    assert len(set(ends)) > 3 and None in ends
 
 
 def test_a_string_that_began_in_the_prompt_or_prefix_does_not_count():

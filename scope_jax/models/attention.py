@@ -37,8 +37,7 @@ BATCH_AXES = ("data", "fsdp")  # as TRAINING.batch has them
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns [B, L, heads, head_dim] in the values' dtype (the queries', of `Int8` values)."""
-    dtype = q.dtype if isinstance(v, Int8) else v.dtype
-    return _mix(jax.nn.softmax(_scores(q, k, mask), axis=-1), v, dtype)
+    return _mix(jax.nn.softmax(_scores(q, k, mask), axis=-1), v, q.dtype)
 
 
 # --- A whole context that reads itself ------------------------------------------------------------
@@ -277,8 +276,7 @@ def attend_segment(q, k, v, mask, *, as_loops: bool = False) -> tuple[jax.Array,
         mixed = (weights[..., None] * v[:, :, None, None].astype(jnp.float32)).sum(-2) / total
         out = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
     else:
-        dtype = q.dtype if isinstance(v, Int8) else v.dtype
-        out = _mix(weights / total, v, dtype).astype(jnp.float32)
+        out = _mix(weights / total, v, q.dtype).astype(jnp.float32)
     lse = (largest + jnp.log(total))[..., 0]  # [B, kv_heads, group, L]
     return out, lse.transpose(0, 3, 1, 2).reshape(batch, length, heads)
 
@@ -300,7 +298,9 @@ def _scores(q, k, mask) -> jax.Array:
 
 
 def _integers(x, dtype):
-    """Returns (keys or values, the factor [B, kv_heads, 1, 1, S] of the scores, or 1)."""
+    """Returns (keys or values, if `Int8` their integers in `dtype`, and the factor [B, kv_heads, 1,
+    1, S] of scores or probabilities, 1 where there is none).
+    """
     if not isinstance(x, Int8):
         return x, 1.0
     return x.values.astype(dtype), x.scale[:, :, None]
@@ -312,6 +312,6 @@ def _masked(scores, mask) -> jax.Array:
 
 def _mix(probs, v, dtype) -> jax.Array:
     v, scale = _integers(v, dtype)
-    out = jnp.einsum("bngls,bnsk->blngk", (probs * scale).astype(dtype), v)
+    out = jnp.einsum("bngls,bnsk->blngk", (probs * scale).astype(v.dtype), v)
     batch, length, kv_heads, group, head_dim = out.shape
     return out.reshape(batch, length, kv_heads * group, head_dim)
