@@ -75,14 +75,13 @@ def test_product_is_that_with_the_dequantised_weight(equation, shape, in_dims):
 # --- Attention over a cache -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("as_loops", [False, True])
-def test_attention_is_that_over_the_dequantised_cache(as_loops):
+def test_attention_is_that_over_the_dequantised_cache():
     q, mask = normal(3, 2, 4, 16), np.random.default_rng(2).random((3, 2, 7)) < 0.8
     k, v = (quantise_cache(normal(3, 2, 7, 16, seed=seed)) for seed in (3, 4))
     assert k.scale.shape == (3, 2, 1, 7)
     whole = [dequantised(x, of_cache=True) for x in (k, v)]
     np.testing.assert_allclose(attend(q, k, v, mask), attend(q, *whole, mask), atol=2e-6)
-    got = attend_segment(q, k, v, mask, as_loops=as_loops)
+    got = attend_segment(q, k, v, mask)
     want = attend_segment(q, *whole, mask)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)

@@ -285,9 +285,8 @@ class Transformer:
         elif prompt is None:
             attended = attend(q, k, v, mask)
         else:
-            as_loops = bool(self.blocks)  # decoding on a CPU, see one_block_per_layer
-            own = attend_segment(q, k, v, mask, as_loops=as_loops)
-            prompts = attend_prompts(q, *prompt, as_loops=as_loops)
+            own = attend_segment(q, k, v, mask)
+            prompts = attend_prompts(q, *prompt)
             attended = merge_segments(own, prompts).astype(dtype)
         x = x + product("blhk,hkd->bld", attended, w["o"])
         normed = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
@@ -309,9 +308,7 @@ def _split_layers(params: Params, stacked: Params, unembed: jax.Array, count: in
     return {**params, "layers": layers, "unembed": unembed}
 
 
-def attend_prompts(
-    q, keys, values, mask, shared: SharedPrompts, *, as_loops: bool
-) -> tuple[jax.Array, jax.Array]:
+def attend_prompts(q, keys, values, mask, shared: SharedPrompts) -> tuple[jax.Array, jax.Array]:
     """Attention of every row's one query over its prompt, as `attend_segment` returns it.
 
     Args:
@@ -320,7 +317,7 @@ def attend_prompts(
     """
     lanes = shared.lanes.reshape(shared.lanes.shape[0], -1)
     by_prompt = take_in_shards(q[:, 0], lanes).reshape(*mask.shape[:2], *q.shape[2:])
-    out, lse = attend_segment(by_prompt, keys, values, mask, as_loops=as_loops)
+    out, lse = attend_segment(by_prompt, keys, values, mask)
     by_row = lambda x: take_in_shards(x.reshape(-1, *x.shape[2:]), shared.lane)[:, None]  # noqa: E731
     return by_row(out), by_row(lse)
 
