@@ -393,13 +393,16 @@ def _roll_out(
     chunk = slots // 8 // shards if places < contexts else PREFILL_TOKENS // width
     if "stop_table" in drawing:
         drawing["stop_table"] = _replicate(drawing["stop_table"], place)
+    columns = column_buckets(length, refilled=refilled) if rolling else [0]
+    sizes = slot_buckets(slots, shards) if rolling else [slots]
     run = _Run(
         model, params, shards, ids, mask, decoding.row_keys(key, row_ids),
         _replicate(budgets, place), group_size, length, pad_id, place,
         {"impl": jax.random.key_impl(key), "place": place, **static, **drawing},
         rolling=rolling, refilled=refilled,
-        sizes=slot_buckets(slots, shards) if rolling else [slots],
-        columns=column_buckets(length, refilled=refilled) if rolling else [0],
+        # A program for yet fewer rows saves little where all rows are short.
+        sizes=sizes[: 1 + len(columns)],
+        columns=columns,
         widths=context_buckets(width) if rolling else [width],
         chunk=min(max(1, chunk), places // shards) if rolling else contexts // shards,
     )  # fmt: skip
@@ -410,6 +413,11 @@ def _roll_out(
         model, contexts, run.keys, slots=slots, columns=run.columns[0], rows=len(budgets),
         length=length, pad_id=pad_id, place=place, stops="stop_table" in drawing,
     )  # fmt: skip
+    lies = getattr(ids, "sharding", None)
+    if place is None and isinstance(lies, NamedSharding):
+        # A mesh of one device: the first program's results would lie "on the mesh" where these
+        # zeros do not, and the same program would be compiled once more for them.
+        state, contexts = _replicate((state, contexts), lies)
     if rolling:
         state, contexts = _warm_up(run, state, contexts)
     waiting = [part[budgets[part] > 0] for part in np.split(np.arange(len(budgets)), shards)]
