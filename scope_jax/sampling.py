@@ -438,7 +438,7 @@ def _decode(run: _Run, state, contexts, waiting: list) -> dict[str, jax.Array]:
             new = _next_rows(occupant, waiting)
             if (new >= 0).any():
                 occupant, prompts = np.where(new < 0, occupant, new), None
-                contexts = homes.read(contexts, occupant)
+                contexts = homes.read(contexts, occupant, waiting)
                 where = run.put((new.ravel(), homes.in_all_shards(occupant).ravel()))
                 state = decoding.admit(
                     model, params, state, contexts, run.keys, run.budgets, *where, **settings
@@ -511,15 +511,25 @@ class _Homes:
         """Returns the same, counted through all shards."""
         return self.of(occupant) + self.held.shape[1] * np.arange(self.run.shards)[:, None]
 
-    def read(self, contexts, occupant):
+    def read(self, contexts, occupant, waiting: list):
         """Reads the contexts that `occupant` needs and no place holds; long and short ones in
         different forwards, each as wide as its longest.
+
+        A forward reads `chunk` contexts, whatever it is given: what would fill it up are the
+        contexts of the next waiting rows, as far as places are free.
         """
         run, missing = self.run, []
         for shard, held in enumerate(self.held):
             needed = np.unique(occupant[shard][occupant[shard] >= 0] // run.group_size)
             new = np.setdiff1d(needed, held)
-            free = np.flatnonzero(~np.isin(held, needed))[: len(new)]
+            free = np.flatnonzero(~np.isin(held, needed))
+            if len(new):
+                later = np.unique(waiting[shard] // run.group_size)  # rows enter in this order
+                free = free[np.argsort(np.isin(held[free], later), kind="stable")]
+                unused = (~np.isin(held[free], later)).sum() - len(new)
+                later = later[~np.isin(later, [*needed, *held])]
+                new = np.append(new, later[: max(0, min(-len(new) % run.chunk, unused))])
+            free = free[: len(new)]
             held[free], self.place[new] = new, free
             missing.append(new[np.argsort(self.spans[new], kind="stable")])
         per_shard = len(self.spans) // run.shards
