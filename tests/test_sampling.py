@@ -447,6 +447,21 @@ def test_continuations_change_with_neither_slots_nor_buckets(slots, params, samp
     np.testing.assert_allclose(parts.logps, whole.logps, rtol=0, atol=1e-5)
 
 
+def test_a_forward_with_room_reads_the_contexts_that_come_next(params, sampled, monkeypatch):
+    contexts, read, prefill = len(PROMPT_MASK), [], decoding.prefill
+
+    def recorded(*arguments, **options):
+        rows, places = jax.device_get(arguments[-2:])
+        read.append(sorted(rows[places < contexts].tolist()))
+        return prefill(*arguments, **options)
+
+    monkeypatch.setattr(decoding, "prefill", recorded)
+    parts = sample(params, slots=contexts)  # the first rows go on from two of them
+    assert [rows for rows in read if rows] == [list(range(contexts))]  # [] only compiles
+    np.testing.assert_array_equal(parts.completion_ids, sampled.completion_ids)
+    np.testing.assert_allclose(parts.logps, sampled.logps, rtol=0, atol=1e-5)
+
+
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("slots", [4])
 def test_short_contexts_are_read_in_narrow_forwards(slots, params, sampled, monkeypatch):
