@@ -259,10 +259,11 @@ def attend_segment(q, k, v, mask) -> tuple[jax.Array, jax.Array]:
     scores = _scores(q, k, mask)  # [B, kv_heads, group, L, S]
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
-    by_query = lambda x: x[..., 0].transpose(0, 3, 1, 2).reshape(q.shape[:3])  # noqa: E731
     total = weights.sum(-1, keepdims=True)
-    out = _mix(weights, v, q.dtype).astype(jnp.float32) / by_query(total)[..., None]
-    return out, by_query(largest + jnp.log(total))
+    # Divided before the product: its sums could leave the range of float16 otherwise.
+    out = _mix(weights / total, v, q.dtype).astype(jnp.float32)
+    lse = (largest + jnp.log(total))[..., 0]
+    return out, lse.transpose(0, 3, 1, 2).reshape(q.shape[:3])
 
 
 def merge_segments(first, second) -> jax.Array:
