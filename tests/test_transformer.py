@@ -25,8 +25,8 @@ from scope_jax.models.transformer import (
     declare,
     init_params,
     rms_norm,
-    rotary_angles,
     rotary_frequencies,
+    rotary_turns,
     rotate,
 )
 
@@ -132,11 +132,12 @@ def test_rms_norm_by_hand():
 
 def test_rotation_by_hand():
     # head_dim 4, theta 100: pair (0, 2) turns by position * 1, pair (1, 3) by position * 100**-0.5
-    angles = rotary_angles(jnp.array([[0, 3]]), 4, 100.0)
-    np.testing.assert_allclose(angles[0, :, 0], [[0, 0], [3 * 1, 3 / 10]], rtol=1e-6)
+    cos, sin = rotary_turns(jnp.array([[0, 3]]), 4, 100.0)
+    np.testing.assert_allclose(cos[0, :, 0], np.cos([[0, 0], [3 * 1, 3 / 10]]), rtol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin([[0, 0], [3 * 1, 3 / 10]]), rtol=1e-6)
     x = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0, 0.0]), (1, 2, 1, 4))
     want = [[1, 1, 0, 0], [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)]]
-    np.testing.assert_allclose(rotate(x, angles)[0, :, 0], want, rtol=1e-6)
+    np.testing.assert_allclose(rotate(x, (cos, sin))[0, :, 0], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -241,10 +242,10 @@ WINDOWED = Transformer(dataclasses.replace(CONFIG, sliding_window=3))
 def hidden_under_mask(model, params, tokens, positions, mask):
     """The forward with one layer's mask written down by hand, [B, L, L] bool."""
     c, x = model.config, params["embed"][tokens]
-    angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+    turns = rotary_turns(positions, c.head_dim, c.rope_theta)
     for n in range(c.num_layers):
         w = jax.tree.map(lambda a, n=n: a[n], params["layers"])
-        x, _, _ = model._layer(w, n, x, None, None, None, mask, positions, angles)
+        x, _, _ = model._layer(w, n, x, None, None, None, mask, positions, turns)
     return rms_norm(x, params["final_norm"], c.rms_norm_eps)
 
 

@@ -259,11 +259,12 @@ def attend_segment(q, k, v, mask) -> tuple[jax.Array, jax.Array]:
     scores = _scores(q, k, mask)  # [B, kv_heads, group, L, S]
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
-    total = weights.sum(-1, keepdims=True)
-    # Divided before the product: its sums could leave the range of float16 otherwise.
-    out = _mix(weights / total, v, q.dtype).astype(jnp.float32)
-    lse = (largest + jnp.log(total))[..., 0]
-    return out, lse.transpose(0, 3, 1, 2).reshape(q.shape[:3])
+    by_query = lambda x: x[..., 0].transpose(0, 3, 1, 2).reshape(q.shape[:3])  # noqa: E731
+    total = by_query(weights.sum(-1, keepdims=True))
+    # Divided after the product, which has fewer numbers; its sums are float32, for they could leave
+    # the range of float16.
+    out = _mix(weights, v, q.dtype, jnp.float32) / total[..., None]
+    return out, by_query(largest) + jnp.log(total)
 
 
 def merge_segments(first, second) -> jax.Array:
@@ -295,10 +296,12 @@ def _masked(scores, mask) -> jax.Array:
     return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _mix(probs, v, dtype) -> jax.Array:
+def _mix(probs, v, dtype, out_dtype=None) -> jax.Array:
+    """Returns [B, L, heads, head_dim] in `out_dtype` (None: the values', or `dtype` if `Int8`)."""
     v, scale = _integers(v, dtype)
     # Probabilities first, in the order that the product has: asked for [B, L, ..] at once, einsum
     # would multiply transposed values by them, which takes a CPU up to four times as long.
-    out = jnp.einsum("bngls,bnsk->bnglk", (probs * scale).astype(v.dtype), v)
+    probs = (probs * scale).astype(v.dtype)
+    out = jnp.einsum("bngls,bnsk->bnglk", probs, v, preferred_element_type=out_dtype)
     batch, kv_heads, group, length, head_dim = out.shape
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head_dim)

@@ -12,6 +12,7 @@ model has not read: column `filled` of the cache is the next to be written, by e
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -68,17 +69,17 @@ class Decoding:
 def _compiler_options() -> dict[str, Any]:
     """Returns what the decode programs are compiled with.
 
-    On a CPU XLA's YNNPACK halves the speed of products with few rows (50 instead of 100 GFLOP/s
-    for 16 rows, jax 0.10.2): it is left to the sums, and Eigen does the products. Little is left
-    for LLVM, whose higher levels take an eighth longer to compile the same speed. {} where XLA does
-    not know the options.
+    LLVM has little left to do on a CPU, and its higher levels take an eighth longer to compile the
+    same speed. Without AVX-512 XLA's YNNPACK halves the speed of products with few rows (50 instead
+    of 100 GFLOP/s for 16 rows, jax 0.10.2): it is left to the sums there, and Eigen does the
+    products. {} where XLA does not know the options.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        "xla_backend_optimization_level": 1,
-    }
+    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
+    cpu = pathlib.Path("/proc/cpuinfo")
+    if not (cpu.exists() and "avx512f" in cpu.read_text()):
+        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
     except Exception:  # whatever a later XLA raises for an option that it has dropped
@@ -282,11 +283,13 @@ def segment(model, params, state, prompts, floor, enough, *, place, **settings) 
       enough: [] int32, 1 .. D.
     """
     unembed = model.unembed(params)
+    if prompts is not None:
+        turns = model.turns(prompts.positions.shape[1] + state.ids.shape[1])
 
     def step(state):
         cache = state.cache
         if prompts is not None:
-            cache = dataclasses.replace(cache, prompts=prompts)
+            cache = dataclasses.replace(cache, prompts=prompts, turns=turns)
         position = jnp.where(state.live, state.start + state.count - 1, -1)
         tokens, positions = state.token[:, None], position[:, None]
         if place is not None:
@@ -294,7 +297,7 @@ def segment(model, params, state, prompts, floor, enough, *, place, **settings) 
             tokens, positions = jax.lax.with_sharding_constraint((tokens, positions), split)
         hidden, cache = model(params, tokens, positions=positions, cache=cache)
         if prompts is not None:
-            cache = dataclasses.replace(cache, prompts=None)
+            cache = dataclasses.replace(cache, prompts=None, turns=None)
         state = dataclasses.replace(state, cache=cache, filled=state.filled + 1)
         state = _draw_next(state, hidden[:, 0], state.live, unembed, place=place, **settings)
         return _placed(state, place)

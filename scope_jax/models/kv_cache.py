@@ -54,6 +54,9 @@ class KVCache:
     positions: jax.Array  # [B, slots] int32, -1 = empty
     length: jax.Array  # [] int32, slots written so far = the next slot to write
     prompts: SharedPrompts | None = None
+    # [positions, head_dim / 2] float32 each, `Transformer.turns`: a decode loop looks cosines and
+    # sines up, where XLA would compute them again for every head of every layer. None = computed.
+    turns: tuple[jax.Array, jax.Array] | None = None
 
 
 def init_cache(blocks, batch, slots, num_kv_heads, head_dim, dtype) -> KVCache:

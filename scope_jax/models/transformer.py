@@ -165,6 +165,12 @@ class Transformer:
         tied = self.config.tie_embeddings and not self.blocks
         return params["embed"].T if tied else params["unembed"]
 
+    def turns(self, length: int) -> tuple[jax.Array, jax.Array]:
+        """Returns `rotary_turns` of the positions 0 .. length - 1, for `KVCache.turns`."""
+        c = self.config
+        cos, sin = rotary_turns(jnp.arange(length)[None], c.head_dim, c.rope_theta, c.rope_scaling)
+        return cos[0, :, 0], sin[0, :, 0]
+
     def one_block_per_layer(self, params: Params) -> tuple["Transformer", Params]:
         """Returns the same model with every layer's weights, and the unembedding, in an own array.
 
@@ -209,7 +215,11 @@ class Transformer:
             cache.prompts is None and cache.positions.shape[1] == tokens.shape[1]
         )
         mask = None if alone else context_mask(positions, key_positions, c.sliding_window)
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        if cache is None or cache.turns is None:
+            turns = rotary_turns(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        else:
+            rows = jnp.maximum(positions, 0)[:, :, None]
+            turns = tuple(jnp.take(x, rows, axis=0, mode="clip") for x in cache.turns)
 
         shared = None if cache is None else cache.prompts
         prompt_mask = None if shared is None else self._prompt_mask(shared, positions)
@@ -219,7 +229,7 @@ class Transformer:
             weights, index, prompt_kv = scanned
             prompt = None if shared is None else (*prompt_kv, prompt_mask, shared)
             x, keys, values = self._layer(
-                weights, index, x, keys, values, cache, mask, positions, angles, prompt
+                weights, index, x, keys, values, cache, mask, positions, turns, prompt
             )
             return (x, keys, values), None
 
@@ -259,7 +269,7 @@ class Transformer:
             mask &= key_positions > reader[:, :, None] - self.config.sliding_window
         return mask
 
-    def _layer(self, w, index, x, keys, values, cache, mask, positions, angles, prompt=None):
+    def _layer(self, w, index, x, keys, values, cache, mask, positions, turns, prompt=None):
         """Mask None: the tokens at `positions` read each other and nothing else."""
         c, dtype = self.config, x.dtype
 
@@ -269,7 +279,7 @@ class Transformer:
             return rms_norm(out, w[name]["norm"], c.rms_norm_eps) if "norm" in w[name] else out
 
         normed = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
-        q, k = rotate(project("q", normed), angles), rotate(project("k", normed), angles)
+        q, k = rotate(project("q", normed), turns), rotate(project("k", normed), turns)
         v = project("v", normed)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, L, head_dim]
         if cache is not None:
@@ -329,16 +339,18 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
-def rotary_angles(
+def rotary_turns(
     positions: jax.Array, head_dim: int, theta: float, scaling: Llama3Rope | None = None
-) -> jax.Array:
-    """Returns [B, L, 1, head_dim / 2] float32; padding counts as position 0.
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine of the angles, [B, L, 1, head_dim / 2] float32 each; padding counts
+    as position 0.
 
     Source: https://arxiv.org/abs/2104.09864
     """
     frequencies = rotary_frequencies(head_dim, theta, scaling)
     positions = jnp.maximum(positions, 0).astype(jnp.float32)
-    return positions[:, :, None, None] * frequencies[None, None, None, :]
+    angles = positions[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | None = None) -> jax.Array:
@@ -358,9 +370,11 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | None =
     return (kept + (1 - kept) / scaling.factor) * frequencies
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates [B, L, heads, head_dim]; dimension i pairs with i + head_dim / 2, as in HF."""
+def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates [B, L, heads, head_dim] by what `rotary_turns` returns; dimension i pairs with i +
+    head_dim / 2, as in HF.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = turns
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
