@@ -142,7 +142,8 @@ def test_row_alone_has_the_scores_that_it_has_in_the_batch(name):
     for row in range(4):
         alone = score_steps(prm, params, *(array[[row]] for array in batch))
         np.testing.assert_array_equal(alone.mask[0], step_mask[row])
-        np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=0, atol=1e-6)
+        # Products of another shape round otherwise: up to 1.2e-6 of a score on a CPU with AVX-512.
+        np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=0, atol=1e-5)
     ids, mask, positions, _ = (array[[1]] for array in batch)  # and without its 5 of padding
     alone = score_steps(prm, params, ids[:, 5:], mask[:, 5:], positions - 5, step_mask[[1]])
     np.testing.assert_allclose(alone.scores[0], want[1], rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ of bigrams (the least that the model protocol asks for), whose distributions are
 """
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -537,6 +538,21 @@ def test_decoding_layout_and_mesh_change_no_token(sizes, slots, params, sampled,
     np.testing.assert_array_equal(rollouts.completion_ids, twice(sampled.completion_ids))
     np.testing.assert_array_equal(rollouts.finished, twice(sampled.finished))
     np.testing.assert_allclose(rollouts.logps, twice(sampled.logps), rtol=0, atol=1e-5)
+
+
+def test_on_a_mesh_of_one_device_no_program_is_compiled_twice(params, caplog):
+    # Four rows of three tokens: one number of slots, one of columns.
+    prompts = put_batch(
+        (PROMPT_IDS[:, 1:], PROMPT_MASK[:, 1:]), make_mesh(devices=jax.devices()[:1])
+    )
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        generate(
+            MODEL, params, *prompts, jax.random.key(0), group_size=1, max_new_tokens=3, eos_ids=EOS
+        )
+    words = [record.getMessage().split() for record in caplog.records]
+    compiled = [line[4] for line in words if line[:3] == ["Finished", "XLA", "compilation"]]
+    for name in ("jit(prefill)", "jit(admit)", "jit(segment)"):
+        assert compiled.count(name) == 1, compiled
 
 
 def test_decoding_layout_gathers_once_and_leaves_the_params_to_training(params):
