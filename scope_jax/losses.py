@@ -21,8 +21,8 @@ OFF_POLICY = ("shaped", "linear", "teacher_prob", "sft")
 def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
     """Returns each target token's log-prob and each position's entropy, chunk by chunk.
 
-    Each chunk's logits are recomputed in the backward pass, so that forward and backward hold a
-    [chunk_size, V] array and never one of [B, T, V].
+    Each chunk's logits are computed again in the backward pass, so that forward and backward hold a
+    [chunk_size, V] array and never one of [B, T, V]. Differentiable in `hidden` and `unembed`.
 
     Args:
       hidden: [B, T, D]; hidden[:, t] predicts targets[:, t].
@@ -38,24 +38,69 @@ def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
     rows, length, width = hidden.shape
     count = rows * length
     chunk = min(chunk_size, count)
-    padding = -count % chunk
-    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
-    flat_hidden = flat_hidden.reshape(-1, chunk, width)
-    flat_targets = jnp.pad(targets.reshape(count), (0, padding)).reshape(-1, chunk)
 
-    @jax.checkpoint
-    def one_chunk(chunk_hidden, chunk_targets):
-        logits = chunk_hidden @ unembed.astype(chunk_hidden.dtype)  # [chunk, V]
-        logps = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-        picked = jnp.take_along_axis(logps, chunk_targets[:, None], axis=-1)[:, 0]
-        return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+    def in_chunks(x):  # [B, T, ..] -> [chunks, chunk, ..], padded with zeros
+        flat = x.reshape(count, *x.shape[2:])
+        flat = jnp.pad(flat, [(0, -count % chunk)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(-1, chunk, *flat.shape[1:])
 
-    if flat_hidden.shape[0] == 1:  # no loop around a single chunk
-        logps, entropy = one_chunk(flat_hidden[0], flat_targets[0])
-    else:
-        logps, entropy = jax.lax.map(lambda x: one_chunk(*x), (flat_hidden, flat_targets))
-    unflatten = lambda x: x.reshape(-1)[:count].reshape(rows, length)  # noqa: E731
-    return unflatten(logps), unflatten(entropy)
+    out_of_chunks = lambda x: x.reshape(-1)[:count].reshape(rows, length)  # noqa: E731
+    targets = in_chunks(targets)
+
+    def log_probs(chunk_hidden, unembed):  # [chunk, V]
+        logits = chunk_hidden @ unembed.astype(chunk_hidden.dtype)
+        return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+
+    @jax.custom_vjp
+    def read(hidden, unembed):
+        def one_chunk(x):
+            logps = log_probs(x[0], unembed)
+            picked = jnp.take_along_axis(logps, x[1][:, None], axis=-1)[:, 0]
+            return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+
+        logps, entropy = _map(one_chunk, (in_chunks(hidden), targets))
+        return out_of_chunks(logps), out_of_chunks(entropy)
+
+    def forward(hidden, unembed):
+        logps, entropy = read(hidden, unembed)
+        return (logps, entropy), (hidden, unembed, entropy)
+
+    def backward(saved, gradients):
+        """d logp / d logit = onehot - p; d entropy / d logit = -p (log p + entropy)."""
+        hidden, unembed, entropy = saved
+        chunks = map(in_chunks, (hidden, entropy, *gradients))
+
+        def one_chunk(of_unembed, x):
+            chunk_hidden, chunk_targets, entropy, of_logp, of_entropy = x
+            logps = log_probs(chunk_hidden, unembed)
+            hit = chunk_targets[:, None] == jnp.arange(logps.shape[1])[None, :]
+            scale = of_logp + of_entropy * entropy
+            of_logits = jnp.exp(logps) * (scale[:, None] + of_entropy[:, None] * logps)
+            of_logits = jnp.where(hit, of_logp[:, None], 0.0) - of_logits
+            of_logits = (of_logits / temperature).astype(chunk_hidden.dtype)
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            of_unembed += product("cd,cv->dv", chunk_hidden, of_logits)
+            return of_unembed, of_logits @ unembed.astype(chunk_hidden.dtype).T
+
+        hidden_chunks, *others = chunks
+        x = (hidden_chunks, targets, *others)
+        start = jnp.zeros(unembed.shape, jnp.float32)
+        if len(targets) == 1:
+            of_unembed, of_hidden = one_chunk(start, jax.tree.map(lambda x: x[0], x))
+        else:
+            of_unembed, of_hidden = jax.lax.scan(one_chunk, start, x)
+        of_hidden = of_hidden.reshape(-1, width)[:count].reshape(hidden.shape)
+        return of_hidden, of_unembed.astype(unembed.dtype)
+
+    read.defvjp(forward, backward)
+    return read(hidden, unembed)
+
+
+def _map(fn, chunks):
+    """`jax.lax.map`, without a loop around a single chunk."""
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
+        return fn(jax.tree.map(lambda x: x[0], chunks))
+    return jax.lax.map(fn, chunks)
 
 
 def group_advantages(
