@@ -38,7 +38,7 @@ def get_config(arg: str = ""):
     }
     config.reward.fn = "scope_jax.rewards:verify"
     config.prompt.update(template=TEMPLATE, system=SYSTEM)
-    config.model.update(path="smollm2", remat=True)
+    config.model.update(path="smollm2", remat="attention")
     config.teacher.kind = "dataset"
     config.prm.max_length = 512
     config.data.update(prompts_per_step=2, max_prompt_length=320)

@@ -25,7 +25,7 @@ def default_config() -> ConfigDict:
             "prompt": {"template": "{problem}", "chat": True, "system": ""},
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
             # Models
-            "model": {"path": "", "dtype": "float32", "remat": False},
+            "model": {"path": "", "dtype": "float32", "remat": "none"},
             "prm": {
                 "path": "",  # "" = a random head on the base policy (a smoke test, not a PRM)
                 "format": "",  # layout of its texts, where its directory does not say it

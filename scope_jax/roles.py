@@ -16,6 +16,7 @@ from scope_jax.data import decode_steps, render_prompt, tokenize_prompts
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
 from scope_jax.models.hf import load_hf, load_tokenizer
+from scope_jax.models.transformer import REMAT
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
@@ -102,6 +103,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
 def check_options(config: ConfigDict, mesh) -> None:
     """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
     for group, key, known in (
+        ("model", "remat", REMAT),
         ("locate", "locator", LOCATORS),
         ("select", "select", SELECT),
         ("select", "trigger", TRIGGERS),

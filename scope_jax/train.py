@@ -201,15 +201,15 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     )  # fmt: skip
     with run.timer("update"):
         options = {**config.learn, **config.loss, "temperature": config.sample.temperature}
+        options |= {"group_size": slots, "max_length": config.sample.max_new_tokens}
         minis = split_rows(batch, options.pop("mini_batches"))
         state, infos = update_policy(
             run.policy.model, run.optimizer, state, [put_batch(mini, mesh) for mini in minis],
-            ref_params=run.ref_params, max_length=config.sample.max_new_tokens, **options,
+            ref_params=run.ref_params, **options,
         )  # fmt: skip
         infos = jax.device_get(infos)
     metrics = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
-    # Sampler against trainer, same weights.
-    metrics["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])
+    metrics["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
     metrics["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
     return state, metrics
 

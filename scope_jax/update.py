@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
 from scope_jax.models.kv_cache import positions_from_mask
+from scope_jax.models.transformer import Transformer
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, TrainState
 
 IS_CAP = 2.0  # of `correct_for_sampler`'s weights
@@ -63,26 +64,47 @@ def make_optimizer(
     )
 
 
-def completion_logps(model, params, batch, *, temperature=1.0, chunk_size=1024):
+def completion_logps(model, params, batch, *, group_size=1, temperature=1.0, chunk_size=1024):
     """Returns (logps [B, T], entropy [B, T]) of a batch's completions under `params`.
 
     Args:
       batch: anything with prompt_ids, prompt_mask [B, N] and completion_ids, completion_mask [B,
         T].
+      group_size: so many neighbouring rows have one prompt, which a `Transformer` then reads once.
       temperature: of the sampler, so that these are comparable with its log-probs.
     """
-    tokens = jnp.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
-    mask = jnp.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
     # hidden[s] predicts token s + 1: the completion's predictors start at the prompt's last token.
-    start, length = batch.prompt_ids.shape[1] - 1, batch.completion_ids.shape[1]
-    hidden, _ = model(params, tokens[:, :-1], positions=positions_from_mask(mask)[:, :-1])
+    several = batch.completion_ids.shape[1] > 1  # the last token is predicted, not read
+    if group_size > 1 and several and isinstance(model, Transformer):
+        hidden = _read_by_group(model, params, batch, group_size)
+    else:
+        tokens = jnp.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
+        mask = jnp.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
+        hidden, _ = model(params, tokens[:, :-1], positions=positions_from_mask(mask)[:, :-1])
+        hidden = hidden[:, batch.prompt_ids.shape[1] - 1 :]
     return token_logps(
-        hidden[:, start : start + length],
-        model.unembed(params),
-        batch.completion_ids,
-        temperature=temperature,
+        hidden, model.unembed(params), batch.completion_ids, temperature=temperature,
         chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def _read_by_group(model, params, batch, group_size: int):
+    """Returns the hidden states [B, T, D] that predict the completions; each prompt is read once.
+
+    All prompts first, then all completions, with their prompt's keys and values before their own.
+    """
+    one_of_group = lambda x: x.reshape(-1, group_size, *x.shape[1:])[:, 0]  # noqa: E731
+    prompts, mask = one_of_group(batch.prompt_ids), one_of_group(batch.prompt_mask)
+    read, context = model(
+        params, prompts, positions=positions_from_mask(mask), cache=model.init_cache(*prompts.shape)
     )
+    start = jnp.repeat(mask.sum(-1, dtype=jnp.int32), group_size)[:, None]
+    positions = positions_from_mask(batch.completion_mask)
+    positions = jnp.where(batch.completion_mask, start + positions, -1)
+    hidden, _ = model(
+        params, batch.completion_ids[:, :-1], positions=positions[:, :-1], context=context
+    )
+    return jnp.concatenate([jnp.repeat(read[:, -1:], group_size, axis=0), hidden], axis=1)
 
 
 def batch_loss(
@@ -90,6 +112,7 @@ def batch_loss(
     model,
     batch: TrainBatch,
     *,
+    group_size=1,
     temperature=1.0,
     clip_low=0.2,
     clip_high=0.2,
@@ -103,8 +126,9 @@ def batch_loss(
 ):
     """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL."""
     logps, entropy = completion_logps(
-        model, params, batch, temperature=temperature, chunk_size=chunk_size
-    )
+        model, params, batch, group_size=group_size, temperature=temperature,
+        chunk_size=chunk_size,
+    )  # fmt: skip
     max_length = max_length or logps.shape[1]
     in_loss = batch.token_source != PAD
     loss, info = policy_loss(
@@ -134,6 +158,9 @@ def batch_loss(
 
 def init_state(optimizer, params, step: int = 0) -> TrainState:
     """Returns the state of a new run; moments lie on the devices as their params do."""
+    # Committed to where they lie, as the update's results are: else its second call would be
+    # compiled again. No copy.
+    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, params))
     shapes = jax.eval_shape(optimizer.init, params)
     everywhere = jax.tree.leaves(params)[0].sharding
     if isinstance(everywhere, NamedSharding):
@@ -163,13 +190,16 @@ def train_step(
       batch: B rows, B a multiple of `micro_batches`.
       options: `micro_batches` (default 1): gradients are summed over this many parts of the batch,
         each weighted by its share of the loss denominator, so the sum is the full batch's gradient
-        whatever the aggregation. The others are `batch_loss`'s.
+        whatever the aggregation. `group_size` (default 1): rows of a prompt, see
+        `completion_logps`; a part holds whole groups. The others are `batch_loss`'s.
     Returns:
       (new state, dict of [] float32: loss, grad_norm, update_norm and `batch_loss`'s diagnostics).
     """
     rows, parts = batch.advantages.shape[0], options.get("micro_batches", 1)
-    if parts < 1 or rows % parts:
-        raise InputError(f"{rows} rows do not divide into {parts} micro-batches")
+    size = options.get("group_size", 1)
+    if parts < 1 or rows % (parts * size):
+        groups = f" of groups of {size}" if size > 1 else ""
+        raise InputError(f"{rows} rows do not divide into {parts} micro-batches{groups}")
     leaves, treedef = jax.tree.flatten(state)
     step_fn = _compiled_step(tuple(x.sharding for x in leaves), treedef)
     return step_fn(model, optimizer, state, batch, **options)
@@ -185,8 +215,8 @@ def _compiled_step(places, treedef):
     return jax.jit(
         _train_step,
         static_argnames=(
-            "model", "optimizer", "micro_batches", "temperature", "clip_low", "clip_high",
-            "off_policy", "gamma", "loss_agg", "max_length", "entropy_coef", "kl_coef",
+            "model", "optimizer", "micro_batches", "group_size", "temperature", "clip_low",
+            "clip_high", "off_policy", "gamma", "loss_agg", "max_length", "entropy_coef", "kl_coef",
             "chunk_size",
         ),
         donate_argnames=("state",),
@@ -195,18 +225,20 @@ def _compiled_step(places, treedef):
 
 
 def _train_step(
-    model, optimizer, state, batch, *, micro_batches=1, loss_agg="seq-mean-token-sum-norm",
-    **loss_options,
+    model, optimizer, state, batch, *, micro_batches=1, group_size=1,
+    loss_agg="seq-mean-token-sum-norm", **loss_options,
 ):  # fmt: skip
     grad_fn = jax.value_and_grad(batch_loss, has_aux=True)
-    options = {"loss_agg": loss_agg, **loss_options}
+    options = {"group_size": group_size, "loss_agg": loss_agg, **loss_options}
     if micro_batches == 1:
         (loss, info), grads = grad_fn(state.params, model, batch, **options)
     else:
-        # Interleaved rows, so that every part still lies on every shard of the batch axis.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-        )
+        # Interleaved groups, so that every part still lies on every shard of the batch axis.
+        def interleave(x):
+            parts = x.reshape(-1, micro_batches, group_size, *x.shape[1:]).swapaxes(0, 1)
+            return parts.reshape(micro_batches, -1, *x.shape[1:])
+
+        parts = jax.tree.map(interleave, batch)
         total = loss_denominator(batch.token_source != PAD, loss_agg)
 
         def accumulate(carry, part):
@@ -242,7 +274,7 @@ def split_rows(batch: TrainBatch, parts: int) -> list[TrainBatch]:
 
 def update_policy(
     model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler",
-    is_weights=False, ref_params=None, temperature=1.0, chunk_size=1024, **options,
+    is_weights=False, ref_params=None, group_size=1, temperature=1.0, chunk_size=1024, **options,
 ):  # fmt: skip
     """Takes one optimizer update per mini-batch.
 
@@ -254,6 +286,8 @@ def update_policy(
       is_weights: with "recompute", `correct_for_sampler`: for a sampler that is not quite the
         policy (eight bits, another layout).
       ref_params: of the KL's reference; needed with kl_coef > 0.
+      group_size: so many neighbouring rows have one prompt, which is then read once, unless the
+        micro-batches would cut groups.
       options: `train_step`'s.
     Returns:
       (new state, list of the updates' diagnostics, on the device).
@@ -262,7 +296,12 @@ def update_policy(
         raise InputError(f'old_logps must be "sampler" or "recompute", got {old_logps!r}')
     if is_weights and old_logps != "recompute":
         raise InputError('is_weights needs old_logps="recompute": there is nothing to weigh by')
-    settings = {"temperature": temperature, "chunk_size": chunk_size}
+    rows, parts = minis[0].advantages.shape[0], options.get("micro_batches", 1)
+    if rows % (parts * group_size):
+        group_size = 1
+    settings = {
+        "group_size": group_size, "temperature": temperature, "chunk_size": chunk_size
+    }  # fmt: skip
     about_sampler: list[dict] = [{} for _ in minis]
     if old_logps == "recompute":
         of_sampler = [mini.old_logps for mini in minis]
@@ -313,12 +352,17 @@ def correct_for_sampler(
     return batch, info
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "chunk_size", "field"))
-def fill_logps(model, params, batch: TrainBatch, *, temperature, chunk_size, field) -> TrainBatch:
+@functools.partial(
+    jax.jit, static_argnames=("model", "group_size", "temperature", "chunk_size", "field")
+)
+def fill_logps(
+    model, params, batch: TrainBatch, *, group_size=1, temperature, chunk_size, field
+) -> TrainBatch:
     """Returns the batch with `field` recomputed under `params`; TEACHER tokens keep old_logps."""
     logps, _ = completion_logps(
-        model, params, batch, temperature=temperature, chunk_size=chunk_size
-    )
+        model, params, batch, group_size=group_size, temperature=temperature,
+        chunk_size=chunk_size,
+    )  # fmt: skip
     return dataclasses.replace(
         batch, **{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)}
     )

@@ -36,7 +36,7 @@ def workdir(tmp_path_factory):
     shutil.copytree(SOURCE, folder / "source")
     (folder / "source" / "generation_config.json").write_text('{"temperature": 0.25}')
     config = {
-        "model": {"path": str(folder / "source"), "dtype": "float32", "remat": False},
+        "model": {"path": str(folder / "source"), "dtype": "float32", "remat": "none"},
         "mesh": MESH,
     }
     (folder / "config.json").write_text(json.dumps(config))

@@ -442,12 +442,13 @@ def test_tied_model_reads_its_logits_off_the_embedding():
     assert MODEL.unembed(PARAMS).shape == (CONFIG.embed_dim, CONFIG.vocab_size)
 
 
-def test_remat_recomputes_and_gives_the_same_gradients():
+@pytest.mark.parametrize("kind", ["attention", "full"])
+def test_remat_recomputes_and_gives_the_same_gradients(kind):
     def loss(params, model):
         hidden, _ = model(params, TOKENS, positions=POSITIONS)
         return jnp.sum(jnp.sin(hidden @ model.unembed(params)))
 
-    remat = Transformer(dataclasses.replace(CONFIG, remat=True))
+    remat = Transformer(dataclasses.replace(CONFIG, remat=kind))
     assert "remat" in str(jax.make_jaxpr(lambda p: loss(p, remat))(PARAMS))
     assert "remat" not in str(jax.make_jaxpr(lambda p: loss(p, MODEL))(PARAMS))
     # Optimised, as it runs: the unoptimised code of conftest.py rounds recomputed sums otherwise.
@@ -458,6 +459,17 @@ def test_remat_recomputes_and_gives_the_same_gradients():
         np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want)
     )  # every weight takes part
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_remat_that_keeps_attention_computes_fewer_products_again():
+    def products(remat):
+        model = Transformer(dataclasses.replace(CONFIG, remat=remat))
+        loss = lambda params: model(params, TOKENS, positions=POSITIONS)[0].sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(PARAMS)).count("dot_general")
+
+    layer = 9  # q, k, v, scores, values, o, gate, up, down
+    assert products("full") - products("none") == layer - 1  # nothing reads down's result
+    assert products("full") - products("attention") == 2  # scores and values
 
 
 def test_hidden_has_the_dtype_of_the_computation():
@@ -529,7 +541,7 @@ def test_initial_weights_have_the_scale_of_their_fan_in():
 def test_equal_models_hash_alike_and_others_do_not_compare_equal():
     twin, other = (
         Transformer(dataclasses.replace(CONFIG)),
-        Transformer(dataclasses.replace(CONFIG, remat=True)),
+        Transformer(dataclasses.replace(CONFIG, remat="full")),
     )
     assert twin is not MODEL and twin == MODEL and hash(twin) == hash(MODEL)
     assert other != MODEL

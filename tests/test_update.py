@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 
 import chex
 import jax
@@ -102,6 +103,90 @@ def gradient(model, params, batch, **options):
     state, info = train_step(model, SGD, new_state(params), batch, **LOSS, **options)
     moved = jax.device_get(state.params)
     return jax.tree.map(lambda old, new: old - new, jax.device_get(params), moved), info
+
+
+# --- A group's prompt is read once ---------------------------------------------------------------
+
+
+def grouped_batch(group_size, seed=0):
+    """Neighbouring rows with one prompt, of 2, 3, 1, 2 tokens."""
+    batch = random_batch(seed)
+    lengths = np.repeat([2, 3, 1, 2][: B // group_size], group_size)
+    mask = np.arange(N)[None, :] >= N - lengths[:, None]
+    ids = np.repeat(np.random.default_rng(seed).integers(1, VOCAB, (4, N)), group_size, axis=0)[:B]
+    ids = np.where(mask, ids, 0).astype(np.int32)
+    return dataclasses.replace(batch, prompt_ids=ids, prompt_mask=mask)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("group_size", "micro_batches"), [(4, 1), (2, 1), (2, 2), (8, 1)])
+def test_prompt_read_once_gives_the_gradients_of_a_prompt_a_row(group_size, micro_batches, window):
+    model = Transformer(dataclasses.replace(TRANSFORMER.config, sliding_window=window))
+    params, batch = transformer_params(), grouped_batch(group_size)
+    want, info = gradient(model, params, batch)
+    got, of_groups = gradient(
+        model, params, batch, group_size=group_size, micro_batches=micro_batches
+    )
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(of_groups["loss"], info["loss"], rtol=1e-5)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(want)) > 0.01
+
+
+def test_prompt_read_once_gives_the_log_probs_of_a_prompt_a_row():
+    params, batch = transformer_params(), grouped_batch(4)
+    want, got = (
+        completion_logps(TRANSFORMER, params, batch, group_size=size, temperature=0.7)
+        for size in (1, 4)
+    )
+    mask = batch.completion_mask
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x[mask], y[mask], rtol=0, atol=1e-5)
+    # A prompt is read once: other prompts in the group's other rows are not looked at.
+    other = dataclasses.replace(batch, prompt_ids=batch.prompt_ids.copy())
+    other.prompt_ids[1::4] = 1
+    again, _ = completion_logps(TRANSFORMER, params, other, group_size=4, temperature=0.7)
+    np.testing.assert_array_equal(again, got[0])
+
+
+def test_completions_of_one_token_after_a_prompt_read_once():
+    params, batch = transformer_params(), grouped_batch(4)
+    short = lambda x: x[:, :1]  # noqa: E731
+    batch = dataclasses.replace(
+        batch, completion_ids=short(batch.completion_ids),
+        completion_mask=short(batch.completion_mask),
+    )  # fmt: skip
+    want, got = (completion_logps(TRANSFORMER, params, batch, group_size=n)[0] for n in (1, 4))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_model_of_a_user_reads_every_row():
+    params, batch = bigram_params(), grouped_batch(4)
+    want, got = (completion_logps(Bigram(), params, batch, group_size=size) for size in (1, 4))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_micro_batches_that_would_cut_a_group_read_every_row_or_are_refused():
+    params, batch = transformer_params(), grouped_batch(8)
+    with pytest.raises(InputError, match="8 rows do not divide into 2 micro-batches of groups of"):
+        gradient(TRANSFORMER, params, batch, group_size=8, micro_batches=2)
+    states = [
+        update_policy(
+            TRANSFORMER, SGD, new_state(params), [batch], group_size=size, micro_batches=2, **LOSS
+        )[0]
+        for size in (1, 8)
+    ]
+    chex.assert_trees_all_equal(states[0].params, states[1].params)
+
+
+def test_second_update_is_not_compiled_again(caplog):
+    params, batch = jax.tree.map(jnp.array, bigram_params()), random_batch(3)  # not committed
+    state = init_state(SLOW_SGD, params)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        for _ in range(2):
+            state, _ = train_step(Bigram(), SLOW_SGD, state, batch, **LOSS)
+    lines = [record.getMessage() for record in caplog.records]
+    compiled = "Finished XLA compilation of jit(_train_step)"
+    assert sum(line.startswith(compiled) for line in lines) == 1
 
 
 # --- Schedules and optimizer ------------------------------------------------------------------

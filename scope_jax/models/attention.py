@@ -8,7 +8,8 @@ that sees nothing (padding) gets a finite value that nobody reads. A cache's key
 Decoding reads a cache (`attend`, `attend_segment`). A whole context that reads itself (training,
 scoring, prefill) is `attend_context`, for which there are three back ends:
 
-    xla      everywhere; long contexts go by blocks of queries, so that memory is linear in L
+    xla      everywhere; no scores are stored for the gradient, and long contexts go by blocks of
+             queries, so that memory is linear in L
     splash   TPU: Pallas' block-sparse kernel, https://github.com/jax-ml/jax (splash_attention)
     cudnn    NVIDIA: cuDNN's fused kernel, bfloat16 and float16 only
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash_kernel,
 )
@@ -33,6 +35,7 @@ SPLASH_MIN_LENGTH = 256  # "auto" leaves shorter contexts to "xla"
 SPLASH_BLOCK = 512  # largest; a multiple of the 128 lanes
 LANES = 128
 BATCH_AXES = ("data", "fsdp")  # as TRAINING.batch has them
+ATTENDED = "attended"  # name of what the gradient of attention needs beside queries, keys, values
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -49,15 +52,18 @@ def attend_context(
     v: jax.Array,
     positions: jax.Array,
     *,
+    key_positions: jax.Array | None = None,
     sliding_window: int | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """Causal attention of whole rows over themselves.
+    """Causal attention of whole rows, or of their last L tokens, over the rows.
 
     Args:
-      q: [B, L, heads, head_dim]; k, v: [B, kv_heads, L, head_dim].
+      q: [B, L, heads, head_dim]; k, v: [B, kv_heads, S, head_dim], of which the last L are the
+        queries' own.
       positions: [B, L] int32, -1 on padding; those of a row's real tokens increase from left to
         right. Padding may stand anywhere, on both sides and between.
+      key_positions: [B, S] int32; None where S = L.
       sliding_window: a token sees those at the last so many positions, itself included; back ends
         other than "xla" count real tokens, which is the same where positions have no gaps.
       backend: "auto" takes "splash" where the program is lowered for a TPU, "cudnn" on an NVIDIA
@@ -68,21 +74,34 @@ def attend_context(
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if key_positions is None:
+        key_positions = positions
+    earlier = k.shape[2] - q.shape[1]
+
+    def square(kernel):  # of as many queries as keys: those of the earlier keys are made up
+        def run(q, k, v, positions, key_positions):
+            del positions
+            q = jnp.pad(q, ((0, 0), (earlier, 0), (0, 0), (0, 0)))
+            return kernel(q, k, v, key_positions, sliding_window=sliding_window)[:, earlier:]
+
+        return run
+
     run = {
-        "xla": functools.partial(attend_by_blocks, sliding_window=sliding_window),
-        "splash": functools.partial(attend_splash, sliding_window=sliding_window),
-        "cudnn": functools.partial(attend_cudnn, sliding_window=sliding_window),
+        "xla": lambda *inputs: attend_by_blocks(*inputs, sliding_window),
+        "splash": square(attend_splash),
+        "cudnn": square(attend_cudnn),
     }
+    inputs = (q, k, v, positions, key_positions)
     if backend != "auto":
-        return run[backend](q, k, v, positions)
+        return run[backend](*inputs)
     fitting = {}
     if splash_fits(q):
         fitting["tpu"] = run["splash"]
     if cudnn_fits(q):
         fitting["cuda"] = run["cudnn"]
     if not fitting:
-        return run["xla"](q, k, v, positions)
-    return jax.lax.platform_dependent(q, k, v, positions, default=run["xla"], **fitting)
+        return run["xla"](*inputs)
+    return jax.lax.platform_dependent(*inputs, default=run["xla"], **fitting)
 
 
 def context_mask(queries: jax.Array, keys: jax.Array, sliding_window: int | None) -> jax.Array:
@@ -92,28 +111,115 @@ def context_mask(queries: jax.Array, keys: jax.Array, sliding_window: int | None
     return mask if sliding_window is None else mask & (keys > queries - sliding_window)
 
 
-def attend_by_blocks(q, k, v, positions, *, sliding_window=None, block=QUERY_BLOCK) -> jax.Array:
-    """`attend`, from 2 * block queries on by blocks of them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend_by_blocks(
+    q, k, v, positions, key_positions, sliding_window=None, block=QUERY_BLOCK
+) -> jax.Array:
+    """`attend` that saves no scores: the gradient computes them again.
 
-    The gradient computes a block's scores again, so neither pass holds [B, heads, L, L].
+    From 2 * block queries on it goes by blocks of them, and neither pass holds [B, heads, L, S].
     """
-    batch, length = positions.shape
+    return _forward(q, k, v, positions, key_positions, sliding_window, block)[0]
+
+
+def _forward(q, k, v, positions, key_positions, sliding_window, block):
+    def attend_block(q, queries):
+        mask = context_mask(queries, key_positions, sliding_window)
+        scores = _scores_by_head(_by_head(q, k.shape[1]), k, mask)
+        largest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(-1, keepdims=True)
+        out = _f32("bnls,bnsd->bnld", weights.astype(v.dtype), v) / total
+        return _by_query(out, q.shape[1]).astype(v.dtype), (largest + jnp.log(total))[..., 0]
+
+    blocks = _split(q, block), _split(positions, block, fill=-1)
+    if len(blocks[0]) == 1:
+        out, log_total = jax.tree.map(lambda x: x[None], attend_block(*(x[0] for x in blocks)))
+    else:
+        out, log_total = jax.lax.map(lambda x: attend_block(*x), blocks)
+    # A layer that is computed again in the backward pass may keep these two, see transformer.py.
+    out = checkpoint_name(_joined(out, q.shape[1]), ATTENDED)
+    log_total = checkpoint_name(log_total, ATTENDED)  # [blocks, B, kv_heads, group * block]
+    return out, (q, k, v, positions, key_positions, out, log_total)
+
+
+def _backward(sliding_window, block, saved, of_out):
+    """FlashAttention's gradient (https://arxiv.org/abs/2205.14135, algorithm 4), query blocks."""
+    q, k, v, positions, key_positions, out, log_total = saved
+    split = functools.partial(_split, block=block)
+
+    def one_block(of_k_and_v, x):
+        q, queries, out, log_total, of_out = x
+        q, length = _by_head(q, k.shape[1]), q.shape[1]
+        mask = context_mask(queries, key_positions, sliding_window)
+        probs = jnp.exp(_scores_by_head(q, k, mask) - log_total[..., None])
+        out, of_out = _by_head(out, k.shape[1]), _by_head(of_out, k.shape[1])
+        along = (out.astype(jnp.float32) * of_out.astype(jnp.float32)).sum(-1, keepdims=True)
+        of_scores = probs * (_f32("bnld,bnsd->bnls", of_out, v) - along)
+        of_scores = jnp.where(_for_heads(mask, q), of_scores * q.shape[-1] ** -0.5, 0.0)
+        of_scores = of_scores.astype(q.dtype)
+        of_k, of_v = of_k_and_v
+        of_k += _f32("bnls,bnld->bnsd", of_scores, q)
+        of_v += _f32("bnls,bnld->bnsd", probs.astype(v.dtype), of_out)
+        of_q = _by_query(_f32("bnls,bnsd->bnld", of_scores, k), length)
+        return (of_k, of_v), of_q.astype(q.dtype)
+
+    x = (split(q), split(positions, fill=-1), split(out), log_total, split(of_out))
+    start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    if len(log_total) == 1:
+        (of_k, of_v), of_q = one_block(start, jax.tree.map(lambda x: x[0], x))
+        of_q = of_q[None]
+    else:
+        (of_k, of_v), of_q = jax.lax.scan(one_block, start, x)
+    return _joined(of_q, q.shape[1]), of_k.astype(k.dtype), of_v.astype(v.dtype), None, None
+
+
+attend_by_blocks.defvjp(_forward, _backward)
+
+
+def _split(x, block: int, fill=0):
+    """[B, L, ..] -> [blocks, B, block, ..]; one block of L where it has less than two."""
+    length = x.shape[1]
     if length <= 2 * block:
-        return attend(q, k, v, context_mask(positions, positions, sliding_window))
-    padding = -length % block
+        return x[None]
+    widths = [(0, -length % block if axis == 1 else 0) for axis in range(x.ndim)]
+    x = jnp.pad(x, widths, constant_values=fill)
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
 
-    def split(x, fill):  # [B, L, ..] -> [blocks, B, block, ..]
-        widths = [(0, padding if axis == 1 else 0) for axis in range(x.ndim)]
-        x = jnp.pad(x, widths, constant_values=fill)
-        return x.reshape(batch, -1, block, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def attend_block(of_block):
-        q, queries = of_block
-        return attend(q, k, v, context_mask(queries, positions, sliding_window))
+def _joined(x, length: int):
+    """[blocks, B, block, ..] -> [B, L, ..]."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
-    out = jax.lax.map(attend_block, (split(q, 0), split(positions, -1)))
-    return out.swapaxes(0, 1).reshape(batch, length + padding, *q.shape[2:])[:, :length]
+
+def _by_head(q, kv_heads: int):
+    """[B, L, heads, head_dim] -> [B, kv_heads, group * L, head_dim]: a product of matrices."""
+    batch, length, _, head_dim = q.shape
+    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    return q.reshape(batch, kv_heads, -1, head_dim)
+
+
+def _by_query(x, length: int):
+    """[B, kv_heads, group * L, head_dim] -> [B, L, heads, head_dim]."""
+    batch, kv_heads, _, head_dim = x.shape
+    x = x.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, length, -1, head_dim)
+
+
+def _for_heads(mask, q):
+    """[B, L, S] -> [B, 1, group * L, S]."""
+    return jnp.tile(mask, (1, q.shape[2] // mask.shape[1], 1))[:, None]
+
+
+def _scores_by_head(q, k, mask):
+    """Returns masked [B, kv_heads, group * L, S] float32."""
+    scores = _f32("bnld,bnsd->bnls", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(_for_heads(mask, q), scores, jnp.finfo(jnp.float32).min)
+
+
+def _f32(equation: str, *x):
+    return jnp.einsum(equation, *x, preferred_element_type=jnp.float32)
 
 
 def splash_fits(q: jax.Array) -> bool:
@@ -189,6 +295,7 @@ def _splash(q, k, v, positions, *, sliding_window, interpret) -> jax.Array:
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
             block_q_dq=block, block_kv_dq=block,
         ),
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )  # fmt: skip
     scaled = (q * head_dim**-0.5).astype(k.dtype).swapaxes(1, 2)  # [B, heads, L, head_dim]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from scope_jax.models.attention import (
+    ATTENDED,
     attend,
     attend_context,
     attend_segment,
@@ -39,6 +40,13 @@ from scope_jax.models.kv_cache import (
 )
 
 Params = dict[str, Any]
+
+REMAT: dict[str, Any] = {
+    "none": None,  # nothing: every activation is stored
+    # Layers, from their inputs; but attention's results are stored (splash, "xla").
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "full": jax.checkpoint_policies.nothing_saveable,  # whole layers
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +77,7 @@ class TransformerConfig:
     tie_embeddings: bool = False
     max_position: int = 4096  # longest context that the weights were made for
     dtype: str = "float32"  # of the computation; softmax, norms and rotary angles stay float32
-    remat: bool = False  # recompute layers in the backward pass instead of storing activations
+    remat: str = "none"  # what the backward pass computes again: see REMAT
     cache_dtype: str = ""  # of keys and values: "" = the computation's | "int8"
     attention: str = "auto"  # of whole contexts: "xla" | "splash" | "cudnn", "auto" by platform
 
@@ -191,6 +199,7 @@ class Transformer:
         *,
         positions: jax.Array,
         cache: KVCache | None = None,
+        context: KVCache | None = None,
     ):
         """Reads tokens and returns the hidden state after each of them.
 
@@ -200,12 +209,17 @@ class Transformer:
           positions: [B, L] int32, -1 on padding. A token sees those of its row at positions 0 ..
             its own.
           cache: tokens read before; the L new ones take its next slots.
+          context: without a cache: P rows read before, a filled cache, of which each is what the
+            next B / P rows go on from (a group's prompt).
         Returns:
           (hidden [B, L, D] in the computation's dtype, after the final norm; the cache with the new
           tokens, or None).
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         key_positions = positions
+        if context is not None:
+            by_row = _for_its_rows(context.positions, len(tokens))
+            key_positions = jnp.concatenate([by_row, positions], axis=1)
         if cache is not None:
             key_positions = jax.lax.dynamic_update_slice(
                 cache.positions, positions, (0, cache.length)
@@ -226,23 +240,25 @@ class Transformer:
 
         def layer(carry, scanned):
             x, keys, values = carry
-            weights, index, prompt_kv = scanned
-            prompt = None if shared is None else (*prompt_kv, prompt_mask, shared)
+            weights, index, read_before = scanned
+            prompt = None if shared is None else (*read_before, prompt_mask, shared)
+            before = None if context is None else (*read_before, key_positions)
             x, keys, values = self._layer(
-                weights, index, x, keys, values, cache, mask, positions, turns, prompt
+                weights, index, x, keys, values, cache, mask, positions, turns, prompt, before
             )
             return (x, keys, values), None
 
-        if c.remat:
-            layer = jax.checkpoint(layer)
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[c.remat])
         x = params["embed"][tokens].astype(dtype)
         blocks = blocks_of(params["layers"])
         empty = (None,) * len(blocks)
         keys, values = (empty, empty) if cache is None else (cache.keys, cache.values)
-        prompt_kv = empty if shared is None else zip(shared.keys, shared.values, strict=True)
+        others = context if shared is None else shared
+        of_others = empty if others is None else zip(others.keys, others.values, strict=True)
         read = []
         for block, block_keys, block_values, kv in zip(
-            blocks, keys, values, prompt_kv, strict=True
+            blocks, keys, values, of_others, strict=True
         ):
             count = jax.tree.leaves(block)[0].shape[0]
             (x, *block_cache), _ = jax.lax.scan(
@@ -269,8 +285,12 @@ class Transformer:
             mask &= key_positions > reader[:, :, None] - self.config.sliding_window
         return mask
 
-    def _layer(self, w, index, x, keys, values, cache, mask, positions, turns, prompt=None):
-        """Mask None: the tokens at `positions` read each other and nothing else."""
+    def _layer(
+        self, w, index, x, keys, values, cache, mask, positions, turns, prompt=None, before=None
+    ):
+        """Mask None: the tokens at `positions` read each other and what came `before` (keys, values
+        [P, ..], positions of all keys [B, S]).
+        """
         c, dtype = self.config, x.dtype
 
         def project(name, inputs):  # [B, L, D] -> [B, L, heads, head_dim]
@@ -289,9 +309,15 @@ class Transformer:
                 of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
                 k, v = jax.tree.map(of_layer, (keys, values))
         if mask is None:
+            key_positions = None
+            if before is not None:
+                old_k, old_v, key_positions = before
+                k = jnp.concatenate([_for_its_rows(old_k, len(k)), k], axis=2)
+                v = jnp.concatenate([_for_its_rows(old_v, len(v)), v], axis=2)
             attended = attend_context(
-                q, k, v, positions, sliding_window=c.sliding_window, backend=c.attention
-            )
+                q, k, v, positions, key_positions=key_positions, sliding_window=c.sliding_window,
+                backend=c.attention,
+            )  # fmt: skip
         elif prompt is None:
             attended = attend(q, k, v, mask)
         else:
@@ -303,6 +329,12 @@ class Transformer:
         gate = jax.nn.silu(product("bld,df->blf", normed, w["gate"]))
         up = product("bld,df->blf", normed, w["up"])
         return x + product("blf,fd->bld", gate * up, w["down"]), keys, values
+
+
+def _for_its_rows(x: jax.Array, rows: int) -> jax.Array:
+    """Repeats each of P entries for its rows / P rows, [P, ..] -> [rows, ..]."""
+    shape = (x.shape[0], rows // x.shape[0], *x.shape[1:])
+    return jnp.broadcast_to(x[:, None], shape).reshape(rows, *x.shape[1:])
 
 
 def blocks_of(layers) -> tuple[Params, ...]:
