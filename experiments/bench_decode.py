@@ -11,10 +11,10 @@ its measured memory bandwidth.
 import statistics
 import time
 
-from peer_work import make_work, parse, peak_mb, report, timed
+from peer_work import machine, make_work, parse, peak_mb, report, timed
 
 
-def main(workload: str = "W1", *, new_tokens: int = 64, long_tail: bool = False) -> None:
+def main(workload: str = "W1", *, new_tokens: int = 64) -> None:
     args = parse(__doc__.split("\n")[0], new_tokens=new_tokens)
     import jax
     import numpy as np
@@ -23,7 +23,7 @@ def main(workload: str = "W1", *, new_tokens: int = 64, long_tail: bool = False)
     from scope_jax.models.hf import load_hf
     from scope_jax.sampling import generate
 
-    work, compiles = make_work(args, long_tail=long_tail), CompileCounter()
+    work, compiles = make_work(args, workload), CompileCounter()
     model, params = load_hf(args.model_dir, dtype=args.dtype)
     model, params = model.one_block_per_layer(params)  # once: nothing trains these weights
     loaded = peak_mb("VmRSS")
@@ -58,29 +58,16 @@ def main(workload: str = "W1", *, new_tokens: int = 64, long_tail: bool = False)
     flops, bandwidth = machine()
     seconds, steps = statistics.median(walls), int(work["lengths"].max())
     multiplied = weights / params["embed"].dtype.itemsize
-    read = args.P * args.prompt_len + int(work["lengths"].sum())
+    tokens = int(work["lengths"].sum())
+    read = args.P * args.prompt_len + tokens
     report(
-        args, workload, work, walls, cpu_share, ttft_s=round(statistics.median(ttft), 4),
+        args, workload, work, walls, cpu_share, tokens, ttft_s=round(statistics.median(ttft), 4),
         warmup_s=round(warm_up, 3), peak_rss_mb=peak, rss_loaded_mb=loaded,
         programs_compiled=compiled, compiled_while_timed=compiled_late, check=extra,
         machine={"gflops": round(flops / 1e9, 1), "gb_per_s": round(bandwidth / 1e9, 1)},
         share_of_peak=round(2 * multiplied * read / seconds / flops, 3),
         share_of_bandwidth=round(weights * steps / seconds / bandwidth, 3),
     )  # fmt: skip
-
-
-def machine() -> tuple[float, float]:
-    """Returns this machine's (float32 FLOP/s of a large product, bytes/s of a large read)."""
-    import jax
-    import jax.numpy as jnp
-
-    square, row = jnp.ones((2048, 2048)), jnp.ones(1 << 27)
-    best = {}
-    for name, fn, x in (("flops", lambda x: x @ x, square), ("bytes", jnp.sum, row)):
-        fn = jax.jit(fn)
-        jax.block_until_ready(fn(x))
-        best[name] = min(timed(lambda _, fn=fn, x=x: jax.block_until_ready(fn(x)), 5)[0])
-    return 2 * 2048**3 / best["flops"], row.nbytes / best["bytes"]
 
 
 def logp_difference(model, params, rollouts) -> float:

@@ -9,4 +9,4 @@ unexpectedly as end tokens. The last line of the output is one JSON object, as b
 import bench_decode
 
 if __name__ == "__main__":
-    bench_decode.main("W4", new_tokens=256, long_tail=True)
+    bench_decode.main("W4", new_tokens=256)

@@ -1,4 +1,4 @@
-"""The work that the peers' scripts time (W1 and W4 of ../shared/peers), for our own benchmarks.
+"""The work that the peers' scripts time (W1 to W4 of ../shared/peers), for our own benchmarks.
 
 Same flags, same inputs from the same seed (`work_hash` says so), same JSON line. Not a benchmark
 itself: bench_*.py import it.
@@ -23,11 +23,15 @@ def parse(description: str, *, new_tokens: int, argv=None) -> argparse.Namespace
     add("--model-dir", required=True, type=pathlib.Path, help="as ../shared/peers/make_model.py")
     add("--P", type=int, default=2, help="prompts")
     add("--G", type=int, default=4, help="samples per prompt")
+    add("--B", type=int, default=8, help="rows of an update (W2)")
     add("--prompt-len", type=int, default=128)
     add("--new-tokens", type=int, default=new_tokens, help="tokens of the longest completion")
     add("--len-median", type=float, help="of a long tail; default new-tokens / 6")
     add("--len-sigma", type=float, default=1.0, help="of the log-normal lengths")
     add("--slots", type=int, help="rows in flight; default P * G")
+    add("--micro", type=int, help="rows whose gradients exist at once; default all")
+    add("--lr", type=float, default=1e-6)
+    add("--remat", choices=["none", "attention", "full"], default="none")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--reps", type=int, default=5)
     add("--seed", type=int, default=0)
@@ -43,12 +47,22 @@ def parse(description: str, *, new_tokens: int, argv=None) -> argparse.Namespace
     return args
 
 
-def make_work(args, *, long_tail: bool) -> dict[str, np.ndarray]:
-    """Returns {"prompts" [P, N], "lengths" [P * G]}, the peers' arrays of the same seed."""
+def make_work(args, workload: str) -> dict[str, np.ndarray]:
+    """Returns the peers' arrays of the same seed: "prompts" [P, N] (W2: [B, N]); to decode (W1, W4)
+    "lengths" [P * G]; to learn from (W2) "completions", "old_logp" [B, T] and "advantages" [B].
+    """
     rng, rows = np.random.default_rng(args.seed), args.P * args.G
     work = {"prompts": rng.integers(10, args.vocab, (args.P, args.prompt_len))}
-    work["lengths"] = np.full(rows, args.new_tokens, np.int64)
-    if long_tail:
+    if workload == "W2":
+        shape = (args.B, args.new_tokens)
+        work["prompts"] = rng.integers(10, args.vocab, (args.B, args.prompt_len))
+        work["completions"] = rng.integers(10, args.vocab, shape)
+        work["advantages"] = rng.standard_normal(args.B).astype(np.float32)
+        around_uniform = -np.log(args.vocab) + 0.1 * rng.standard_normal(shape)
+        work["old_logp"] = around_uniform.astype(np.float32)
+    if workload == "W1":
+        work["lengths"] = np.full(rows, args.new_tokens, np.int64)
+    if workload == "W4":
         drawn = np.rint(rng.lognormal(np.log(args.len_median), args.len_sigma, rows))
         shortest = min(8, args.new_tokens)
         work["lengths"] = np.clip(drawn, shortest, args.new_tokens).astype(np.int64)
@@ -77,8 +91,22 @@ def timed(run, reps: int) -> tuple[list[float], float]:
     return walls, (time.process_time() - cpu) / (time.perf_counter() - began)
 
 
-def report(args, workload: str, work, walls, cpu_share, **extra) -> None:
-    seconds, tokens = statistics.median(walls), int(work["lengths"].sum())
+def machine() -> tuple[float, float]:
+    """Returns this machine's (float32 FLOP/s of a large product, bytes/s of a large read)."""
+    import jax
+    import jax.numpy as jnp
+
+    square, row = jnp.ones((2048, 2048)), jnp.ones(1 << 27)
+    best = {}
+    for name, fn, x in (("flops", lambda x: x @ x, square), ("bytes", jnp.sum, row)):
+        fn = jax.jit(fn)
+        jax.block_until_ready(fn(x))
+        best[name] = min(timed(lambda _, fn=fn, x=x: jax.block_until_ready(fn(x)), 5)[0])
+    return 2 * 2048**3 / best["flops"], row.nbytes / best["bytes"]
+
+
+def report(args, workload: str, work, walls, cpu_share, tokens: int, **extra) -> None:
+    seconds = statistics.median(walls)
     names = ("jax", "jaxlib", "flax", "scope_jax")
     versions = {name: version(name) for name in names}
     row = {

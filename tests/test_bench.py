@@ -44,12 +44,28 @@ def test_work_is_the_peers(bench, model_dir):
     rng = np.random.default_rng(4)  # the order of draws in ../shared/peers
     prompts = rng.integers(10, 32, (3, 5))
     tail = np.clip(np.rint(rng.lognormal(np.log(8), 1.0, 6)), 8, 48).astype(np.int64)
-    for long_tail, lengths in ((False, np.full(6, 48, np.int64)), (True, tail)):
-        work = peer_work.make_work(args, long_tail=long_tail)
+    for workload, lengths in (("W1", np.full(6, 48, np.int64)), ("W4", tail)):
+        work = peer_work.make_work(args, workload)
         np.testing.assert_array_equal(work["prompts"], prompts)
         np.testing.assert_array_equal(work["lengths"], lengths)
         both = lengths.tobytes() + prompts.tobytes()  # in the order of their names
         assert peer_work.work_hash(work) == hashlib.sha1(both).hexdigest()[:12]
+
+
+def test_work_of_an_update_is_the_peers(bench, model_dir):
+    peer_work = bench("peer_work")
+    sizes = ["--P", "3", "--B", "4", "--prompt-len", "5", "--new-tokens", "6", "--seed", "4"]
+    args = peer_work.parse("", new_tokens=64, argv=["--model-dir", str(model_dir), *sizes])
+    rng = np.random.default_rng(4)  # the order of draws in ../shared/peers: prompts of P rows first
+    rng.integers(10, 32, (3, 5))
+    want = {"prompts": rng.integers(10, 32, (4, 5)), "completions": rng.integers(10, 32, (4, 6))}
+    want["advantages"] = rng.standard_normal(4).astype(np.float32)
+    want["old_logp"] = (-np.log(32) + 0.1 * rng.standard_normal((4, 6))).astype(np.float32)
+    work = peer_work.make_work(args, "W2")
+    assert work.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(work[name], value)
+        assert work[name].dtype == value.dtype
 
 
 @pytest.mark.parametrize("script", ["bench_decode.py", "bench_long_tail.py"])
