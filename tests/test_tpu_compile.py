@@ -6,6 +6,7 @@ A small model with the proportions of experiments/compile_decode.py, whose parse
 import dataclasses
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
+from scope_jax.records import TrainBatch
 from scope_jax.sharding import TRAINING, spec
+from scope_jax.update import completion_logps
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip(
@@ -123,6 +126,32 @@ def test_training_attends_by_the_kernel_on_each_chips_own_heads(tool):
     # Scores of all queries in float32 would take more than all that the program holds for now.
     scores = rows * heads * length * length * 4
     assert compiled.memory_analysis().temp_size_in_bytes < CONFIG.num_layers * scores
+
+
+@pytest.mark.parametrize("remat", ["attention", "full"])
+def test_kernel_runs_again_only_where_attention_is_not_kept(tool, remat):
+    length, group, mesh = 512, 4, tool.topology_mesh("v5e:2x4", **SIZES)
+    model = Transformer(dataclasses.replace(CONFIG, remat=remat))
+    array = lambda shape, dtype, axes: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(mesh, spec(axes))
+    )
+    params = jax.tree.map(
+        lambda w: array(w.shape, jnp.bfloat16, w.axes), declare(CONFIG),
+        is_leaf=lambda x: isinstance(x, Weight),
+    )  # fmt: skip
+    of = lambda dtype: array((4 * group, length), dtype, ("batch",))  # noqa: E731
+    batch = TrainBatch(
+        of(jnp.int32), of(jnp.bool_), of(jnp.int32), of(jnp.int8), of(jnp.bool_), of(jnp.float32),
+        of(jnp.float32),
+    )  # fmt: skip
+
+    def loss(params, batch):
+        return completion_logps(model, params, batch, group_size=group)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
+    # Prompts and completions, each: the kernel forward, the two of its gradient, forward again.
+    kernels = re.findall(r'custom_call_target="tpu_custom_call"', text)
+    assert len(kernels) == 2 * (3 if remat == "attention" else 4)
 
 
 def test_sizes_are_read_from_the_compiled_text(tool):

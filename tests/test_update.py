@@ -148,6 +148,20 @@ def test_prompt_read_once_gives_the_log_probs_of_a_prompt_a_row():
     np.testing.assert_array_equal(again, got[0])
 
 
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+def test_prompts_keys_are_not_stored_once_for_every_layer(remat):
+    # They pass through the scan over layers: stored at each of its steps, memory would grow with
+    # the square of the layers.
+    layers = 7
+    config = dataclasses.replace(TRANSFORMER.config, num_layers=layers, remat=remat)
+    model, batch = Transformer(config), grouped_batch(4)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    loss = lambda params: completion_logps(model, params, batch, group_size=4)[0].sum()  # noqa: E731
+    traced = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert f"f32[{layers},2,2," in traced  # the cache: layers, prompts, kv heads
+    assert f"[{layers},{layers}," not in traced
+
+
 def test_completions_of_one_token_after_a_prompt_read_once():
     params, batch = transformer_params(), grouped_batch(4)
     short = lambda x: x[:, :1]  # noqa: E731
