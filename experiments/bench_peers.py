@@ -59,17 +59,17 @@ def commands(case: str, args) -> dict[str, list[str]]:
     if workload == "W3":
         lines["TRL"] = torch("trl_grpo.py")
         lines["TRL cb"] = [*torch("trl_grpo.py"), "--cb"]
-    return {**lines, "scope_jax again": list(ours)}
+    return {**lines, "scope_jax again": ours}
 
 
 def run(peer: str, line: list[str], case: str, args) -> dict:
     _, model, sizes = CASES[case]
-    line += ["--model-dir", str(args.models / model), *sizes.split(), "--reps", str(args.reps)]
+    work = ["--model-dir", str(args.models / model), *sizes.split(), "--reps", str(args.reps)]
     print(f"{case}: {peer}", file=sys.stderr, flush=True)
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run([*line, *work], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
-        raise SystemExit(f"{' '.join(line)} failed")
+        raise SystemExit(f"{' '.join([*line, *work])} failed")
     return {"case": case, "name": peer, **json.loads(done.stdout.splitlines()[-1])}
 
 

@@ -85,10 +85,7 @@ def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
         hidden_chunks, *others = chunks
         x = (hidden_chunks, targets, *others)
         start = jnp.zeros(unembed.shape, jnp.float32)
-        if len(targets) == 1:
-            of_unembed, of_hidden = one_chunk(start, jax.tree.map(lambda x: x[0], x))
-        else:
-            of_unembed, of_hidden = jax.lax.scan(one_chunk, start, x)
+        of_unembed, of_hidden = jax.lax.scan(one_chunk, start, x, unroll=len(targets) == 1)
         of_hidden = of_hidden.reshape(-1, width)[:count].reshape(hidden.shape)
         return of_hidden, of_unembed.astype(unembed.dtype)
 

@@ -145,8 +145,10 @@ def test_short_context_is_one_plain_attention():
     for backend in ("auto", "xla"):
         run = functools.partial(attend_context, backend=backend)
         traced = str(jax.make_jaxpr(run)(q, k, v, positions))
-        assert "scan" not in traced
-        assert "pallas_call" not in traced
+        alone = functools.partial(attend_by_blocks, q, k, v, positions, positions)
+        assert traced.count("\n") > 5 and "scan" not in traced and "pallas_call" not in traced
+        np.testing.assert_array_equal(run(q, k, v, positions), alone())
+        np.testing.assert_allclose(alone(), plain(q, k, v, positions), rtol=0, atol=1e-6)
 
 
 def temp_bytes(fn, *shapes):

@@ -166,11 +166,7 @@ def _backward(sliding_window, block, saved, of_out):
 
     x = (split(q), split(positions, fill=-1), split(out), log_total, split(of_out))
     start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    if len(log_total) == 1:
-        (of_k, of_v), of_q = one_block(start, jax.tree.map(lambda x: x[0], x))
-        of_q = of_q[None]
-    else:
-        (of_k, of_v), of_q = jax.lax.scan(one_block, start, x)
+    (of_k, of_v), of_q = jax.lax.scan(one_block, start, x, unroll=len(log_total) == 1)
     return _joined(of_q, q.shape[1]), of_k.astype(k.dtype), of_v.astype(v.dtype), None, None
 
 
