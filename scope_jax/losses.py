@@ -11,8 +11,10 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from scope_jax.records import PAD, POLICY, TEACHER, InputError
+from scope_jax.sharding import batch_axes
 
 LOSS_AGGREGATIONS = ("seq-mean-token-sum-norm", "seq-mean-token-mean", "token-mean")
 OFF_POLICY = ("shaped", "linear", "teacher_prob", "sft")
@@ -29,74 +31,120 @@ def token_logps(hidden, unembed, targets, *, temperature=1.0, chunk_size=1024):
       unembed: [D, V]; logits = hidden @ unembed / temperature.
       targets: [B, T] int32.
       temperature: of the distribution.
-      chunk_size: positions (of the B * T) at a time.
+      chunk_size: positions (of the B * T, of each batch shard of a mesh) at a time.
     Returns:
       (logps [B, T] float32, entropy [B, T] float32 in nats).
     """
     chex.assert_rank([hidden, unembed, targets], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, targets], 2)
-    rows, length, width = hidden.shape
-    count = rows * length
-    chunk = min(chunk_size, count)
+    mesh, rows = batch_axes(hidden)
+    # Of the unembedding's D rows a device holds some; it fetches the others once, not once a chunk.
+    split = "fsdp" if "fsdp" in rows and unembed.shape[0] % mesh.shape["fsdp"] == 0 else None
+    by_row, part = PartitionSpec(rows or None), PartitionSpec(split)
+    options = {"temperature": temperature, "chunk_size": chunk_size}
 
-    def in_chunks(x):  # [B, T, ..] -> [chunks, chunk, ..], padded with zeros
-        flat = x.reshape(count, *x.shape[2:])
-        flat = jnp.pad(flat, [(0, -count % chunk)] + [(0, 0)] * (flat.ndim - 1))
-        return flat.reshape(-1, chunk, *flat.shape[1:])
+    def on_shards(fn, out_specs):  # every device reads its own rows
+        def run(hidden, unembed, *by_token):
+            unembed = unembed.astype(hidden.dtype)
+            if split:
+                unembed = jax.lax.all_gather(unembed, split, axis=0, tiled=True)
+            return fn(hidden, unembed, *by_token)
 
-    out_of_chunks = lambda x: x.reshape(-1)[:count].reshape(rows, length)  # noqa: E731
-    targets = in_chunks(targets)
+        def mapped(hidden, unembed, *by_token):
+            specs = (by_row, part, *[by_row] * len(by_token))
+            return jax.shard_map(
+                run, mesh=mesh, in_specs=specs, out_specs=out_specs, axis_names=set(rows),
+                check_vma=False,
+            )(hidden, unembed, *by_token)  # fmt: skip
 
-    def log_probs(chunk_hidden, unembed):  # [chunk, V]
-        logits = chunk_hidden @ unembed.astype(chunk_hidden.dtype)
-        return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+        return mapped if rows else run
 
     @jax.custom_vjp
     def read(hidden, unembed):
-        def one_chunk(x):
-            logps = log_probs(x[0], unembed)
-            picked = jnp.take_along_axis(logps, x[1][:, None], axis=-1)[:, 0]
-            return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-
-        logps, entropy = _map(one_chunk, (in_chunks(hidden), targets))
-        return out_of_chunks(logps), out_of_chunks(entropy)
+        return on_shards(functools.partial(_read, **options), by_row)(hidden, unembed, targets)
 
     def forward(hidden, unembed):
         logps, entropy = read(hidden, unembed)
         return (logps, entropy), (hidden, unembed, entropy)
 
     def backward(saved, gradients):
-        """d logp / d logit = onehot - p; d entropy / d logit = -p (log p + entropy)."""
         hidden, unembed, entropy = saved
-        chunks = map(in_chunks, (hidden, entropy, *gradients))
 
-        def one_chunk(of_unembed, x):
-            chunk_hidden, chunk_targets, entropy, of_logp, of_entropy = x
-            logps = log_probs(chunk_hidden, unembed)
-            hit = chunk_targets[:, None] == jnp.arange(logps.shape[1])[None, :]
-            scale = of_logp + of_entropy * entropy
-            of_logits = jnp.exp(logps) * (scale[:, None] + of_entropy[:, None] * logps)
-            of_logits = jnp.where(hit, of_logp[:, None], 0.0) - of_logits
-            of_logits = (of_logits / temperature).astype(chunk_hidden.dtype)
-            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-            of_unembed += product("cd,cv->dv", chunk_hidden, of_logits)
-            return of_unembed, of_logits @ unembed.astype(chunk_hidden.dtype).T
+        def gradient(*inputs):
+            of_hidden, of_unembed = _gradient_of_read(*inputs, **options)
+            if others := [axis for axis in rows if axis != split]:
+                of_unembed = jax.lax.psum(of_unembed, others)
+            if split:
+                of_unembed = jax.lax.psum_scatter(of_unembed, split, tiled=True)
+            return of_hidden, of_unembed.astype(unembed.dtype)
 
-        hidden_chunks, *others = chunks
-        x = (hidden_chunks, targets, *others)
-        start = jnp.zeros(unembed.shape, jnp.float32)
-        of_unembed, of_hidden = jax.lax.scan(one_chunk, start, x, unroll=len(targets) == 1)
-        of_hidden = of_hidden.reshape(-1, width)[:count].reshape(hidden.shape)
-        return of_hidden, of_unembed.astype(unembed.dtype)
+        run = on_shards(gradient, (by_row, part))
+        return run(hidden, unembed, targets, entropy, *gradients)
 
     read.defvjp(forward, backward)
     return read(hidden, unembed)
 
 
+def _read(hidden, unembed, targets, *, temperature, chunk_size):
+    """Returns (logps [B, T], entropy [B, T]); hidden and unembed have one dtype."""
+
+    def one_chunk(x):
+        logps = _log_probs(x[0], unembed, temperature)
+        picked = jnp.take_along_axis(logps, x[1][:, None], axis=-1)[:, 0]
+        return picked, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+
+    chunks = [_in_chunks(x, chunk_size) for x in (hidden, targets)]
+    logps, entropy = _map(one_chunk, chunks)
+    return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in (logps, entropy))
+
+
+def _gradient_of_read(
+    hidden, unembed, targets, entropy, of_logps, of_entropy, *, temperature, chunk_size
+):
+    """d logp / d logit = onehot - p; d entropy / d logit = -p (log p + entropy).
+
+    Returns:
+      (of hidden [B, T, D] in its dtype, of unembed [D, V] float32).
+    """
+
+    def one_chunk(of_unembed, x):
+        hidden, targets, entropy, of_logp, of_entropy = x
+        logps = _log_probs(hidden, unembed, temperature)
+        hit = targets[:, None] == jnp.arange(logps.shape[1])[None, :]
+        scale = of_logp + of_entropy * entropy
+        of_logits = jnp.exp(logps) * (scale[:, None] + of_entropy[:, None] * logps)
+        of_logits = jnp.where(hit, of_logp[:, None], 0.0) - of_logits
+        of_logits = (of_logits / temperature).astype(hidden.dtype)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        of_unembed += product("cd,cv->dv", hidden, of_logits)
+        return of_unembed, of_logits @ unembed.T
+
+    by_token = (hidden, targets, entropy, of_logps, of_entropy)
+    chunks = tuple(_in_chunks(x, chunk_size) for x in by_token)
+    start = jnp.zeros(unembed.shape, jnp.float32)
+    of_unembed, of_hidden = jax.lax.scan(one_chunk, start, chunks, unroll=len(chunks[0]) == 1)
+    of_hidden = of_hidden.reshape(-1, hidden.shape[-1])[: targets.size]
+    return of_hidden.reshape(hidden.shape), of_unembed
+
+
+def _log_probs(hidden, unembed, temperature):
+    """Returns [chunk, V] float32."""
+    logits = (hidden @ unembed).astype(jnp.float32)
+    return jax.nn.log_softmax(logits / temperature, axis=-1)
+
+
+def _in_chunks(x, chunk_size: int):
+    """[B, T, ..] -> [chunks, chunk, ..], padded with zeros."""
+    flat = x.reshape(-1, *x.shape[2:])
+    chunk = min(chunk_size, len(flat))
+    flat = jnp.pad(flat, [(0, -len(flat) % chunk)] + [(0, 0)] * (flat.ndim - 1))
+    return flat.reshape(-1, chunk, *flat.shape[1:])
+
+
 def _map(fn, chunks):
     """`jax.lax.map`, without a loop around a single chunk."""
-    if jax.tree.leaves(chunks)[0].shape[0] == 1:
-        return fn(jax.tree.map(lambda x: x[0], chunks))
+    if len(chunks[0]) == 1:
+        return fn([x[0] for x in chunks])
     return jax.lax.map(fn, chunks)
 
 

@@ -10,7 +10,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scope_jax.records import InputError
 
@@ -62,6 +62,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices=None) ->
 def axis_for(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
     """Returns the mesh axis if there is one that divides `size`, else None (replicated)."""
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def batch_axes(x: jax.Array) -> tuple[AbstractMesh, tuple[str, ...]]:
+    """Returns the mesh that an array carries in its type, and the axes that may split its rows: the
+    batch axes of training as far as their sizes divide x.shape[0]. No mesh, no axes.
+    """
+    mesh, rows, parts = jax.typeof(x).sharding.mesh, (), 1
+    auto = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    for axis in TRAINING.batch or ():
+        if axis in auto and x.shape[0] % (parts * mesh.shape[axis]) == 0:
+            rows, parts = (*rows, axis), parts * mesh.shape[axis]
+    return mesh, rows
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAINING) -> PartitionSpec:

@@ -74,14 +74,15 @@ def completion_logps(model, params, batch, *, group_size=1, temperature=1.0, chu
       temperature: of the sampler, so that these are comparable with its log-probs.
     """
     # hidden[s] predicts token s + 1: the completion's predictors start at the prompt's last token.
-    several = batch.completion_ids.shape[1] > 1  # the last token is predicted, not read
-    if group_size > 1 and several and isinstance(model, Transformer):
+    # The completion's last token is read for nothing: without it rows would not have the length
+    # that a TPU's tiles divide.
+    if group_size > 1 and isinstance(model, Transformer):
         hidden = _read_by_group(model, params, batch, group_size)
     else:
         tokens = jnp.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
         mask = jnp.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
-        hidden, _ = model(params, tokens[:, :-1], positions=positions_from_mask(mask)[:, :-1])
-        hidden = hidden[:, batch.prompt_ids.shape[1] - 1 :]
+        hidden, _ = model(params, tokens, positions=positions_from_mask(mask))
+        hidden = hidden[:, batch.prompt_ids.shape[1] - 1 : -1]
     return token_logps(
         hidden, model.unembed(params), batch.completion_ids, temperature=temperature,
         chunk_size=chunk_size,
@@ -101,10 +102,9 @@ def _read_by_group(model, params, batch, group_size: int):
     start = jnp.repeat(mask.sum(-1, dtype=jnp.int32), group_size)[:, None]
     positions = positions_from_mask(batch.completion_mask)
     positions = jnp.where(batch.completion_mask, start + positions, -1)
-    hidden, _ = model(
-        params, batch.completion_ids[:, :-1], positions=positions[:, :-1], context=context
-    )
-    return jnp.concatenate([jnp.repeat(read[:, -1:], group_size, axis=0), hidden], axis=1)
+    hidden, _ = model(params, batch.completion_ids, positions=positions, context=context)
+    first = jnp.repeat(read[:, -1:], group_size, axis=0)
+    return jnp.concatenate([first, hidden[:, :-1]], axis=1)
 
 
 def batch_loss(

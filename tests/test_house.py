@@ -22,7 +22,7 @@ FLOORS = [
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
-    ("configlib", "methods"), ("configlib", "records"),
+    ("configlib", "methods"), ("configlib", "records"), ("losses", "sharding"),
     ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
     ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),
     ("models.decoding", "models.kv_cache"),

@@ -27,14 +27,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 
 from scope_jax.models.int8 import Int8
-from scope_jax.sharding import TRAINING, axis_for
+from scope_jax.sharding import TRAINING, axis_for, batch_axes
 
 BACKENDS = ("auto", "xla", "splash", "cudnn")
 QUERY_BLOCK = 256  # queries whose scores exist at once, where "xla" goes by blocks
 SPLASH_MIN_LENGTH = 256  # "auto" leaves shorter contexts to "xla"
 SPLASH_BLOCK = 512  # largest; a multiple of the 128 lanes
 LANES = 128
-BATCH_AXES = ("data", "fsdp")  # as TRAINING.batch has them
 ATTENDED = "attended"  # name of what the gradient of attention needs beside queries, keys, values
 
 
@@ -238,19 +237,15 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
       interpret: run the kernel's steps as plain JAX operations, on any platform, for tests.
     """
     body = functools.partial(_splash, sliding_window=sliding_window, interpret=interpret)
-    mesh = jax.typeof(q).sharding.mesh
+    mesh, rows = batch_axes(q)
     auto = {
-        name: mesh.shape[name]
+        name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     }
     if not auto:
         return body(q, k, v, positions)
 
-    rows, parts = (), 1
-    for axis in BATCH_AXES:
-        if axis in auto and q.shape[0] % (parts * auto[axis]) == 0:
-            rows, parts = (*rows, axis), parts * auto[axis]
     heads = axis_for(k.shape[1], TRAINING.kv_heads, mesh)  # of every kv head all query heads
     by_row, by_head = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
     return jax.shard_map(
@@ -258,7 +253,7 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
         mesh=mesh,
         in_specs=(by_row, by_head, by_head, PartitionSpec(rows)),
         out_specs=by_row,
-        axis_names=set(auto),
+        axis_names=auto,
         check_vma=False,  # Pallas calls do not say over which axes their results vary
     )(q, k, v, positions)
 
