@@ -163,7 +163,7 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
     size = f"{millions:.2f} M parameters"
     if config.model.lora_rank:
         trained = sum(x.size for x in jax.tree.leaves(params["lora"])) / 1e6
-        size += f", {trained:.2f} M of them LoRA's, of rank {config.model.lora_rank}, and trained"
+        size += f", of which LoRA trains {trained:.2f} M"
     mesh = ", ".join(f"{axis}={size}" for axis, size in policy.mesh.shape.items())
     lines = [
         f"{config.method} on {config.task.module.rsplit('.', 1)[-1]}: policy {config.model.path} "

@@ -507,7 +507,7 @@ def save_adapter(path, model: Transformer, adapters, base: str):
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         # "..self_attn.q_proj.lora_A.weight": PEFT takes all modules whose names end so
         "target_modules": [declared[name]["a"].hf.split(".")[-3] for name in lora.targets],
         "lora_dropout": 0.0,
