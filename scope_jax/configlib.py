@@ -213,6 +213,36 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict | dict) -> None:
     file.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
 
 
+def run_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the config of the training run that a workdir belongs to, from its config.json.
+
+    Raises:
+      InputError: the file is missing, or not the config of a training run.
+    """
+    file = workdir / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        _ = config["model"]["path"], config["model"]["dtype"], dict(config["mesh"])
+        return config
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} is missing: --workdir must name the folder of a training run"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is not the config of a training run ({error!r}): check --workdir"
+        ) from None
+
+
+def lora_options(model: Any) -> dict[str, Any]:
+    """Returns the LoRA options in a config's `model`; of a run from before there were any, "off".
+
+    >>> lora_options({"path": "some/model", "lora_rank": 4})
+    {'lora_rank': 4}
+    """
+    return {"lora_rank": 0} | {name: model[name] for name in model if name.startswith("lora_")}
+
+
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():

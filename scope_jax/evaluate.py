@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scope_jax.checkpoint import restore_params
-from scope_jax.configlib import load_config, one_line_errors
+from scope_jax.configlib import load_config, lora_options, one_line_errors, run_config
 from scope_jax.data import decode_completions
 from scope_jax.diversity import pass_at_k
 from scope_jax.evaluate_prm import evaluate_prm, print_report
@@ -134,6 +134,8 @@ def _measure_policy(args: argparse.Namespace, overrides: list[str]) -> None:
         workdir = args.model
     elif args.model is not None:
         config.model.path = args.model
+    if workdir is not None:  # what its checkpoints hold is not for the command line to say
+        config.model.update(lora_options(run_config(pathlib.Path(workdir))["model"]))
     policy, params = load_policy(config)
     params = params if workdir is None else restore_params(workdir, params)
     results = evaluate_policy(policy, params, config)

@@ -25,7 +25,16 @@ def default_config() -> ConfigDict:
             "prompt": {"template": "{problem}", "chat": True, "system": ""},
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
             # Models
-            "model": {"path": "", "dtype": "float32", "remat": "none"},
+            "model": {
+                "path": "",
+                "dtype": "float32",
+                "remat": "none",
+                # 0 = all weights are trained; else they stay as they are, and each target of every
+                # layer gets lora_alpha / lora_rank * A B, which is
+                "lora_rank": 0,
+                "lora_alpha": 16.0,
+                "lora_targets": ("q", "k", "v", "o", "gate", "up", "down"),
+            },
             "prm": {
                 "path": "",  # "" = a random head on the base policy (a smoke test, not a PRM)
                 "format": "",  # layout of its texts, where its directory does not say it
@@ -114,6 +123,9 @@ def default_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.01,
                 "max_grad_norm": 1.0,
+                # "float32" | "bfloat16" | "" = the params'; what bfloat16 costs: update.py
+                "mu_dtype": "",  # of the first moments
+                "nu_dtype": "",  # of the second ones
             },
             # What is written down
             "eval": {

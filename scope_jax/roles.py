@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from scope_jax.configlib import load_object
+from scope_jax.configlib import load_object, lora_options
 from scope_jax.data import decode_steps, render_prompt, tokenize_prompts
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
 from scope_jax.models.hf import load_hf, load_tokenizer
-from scope_jax.models.transformer import REMAT
+from scope_jax.models.lora import make_lora, merge
+from scope_jax.models.transformer import REMAT, declare, init_lora
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
-from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate
+from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate, shardings
 from scope_jax.splicing import INSERT
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
@@ -65,6 +66,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
             f"{config.model.path} has no chat template: set --config.prompt.chat=False"
         )
     model, params = load_hf(config.model.path, mesh=mesh, dtype=config.model.dtype)
+    model, params = _add_lora(config, model, params, mesh)
     model = dataclasses.replace(
         model, config=dataclasses.replace(model.config, remat=config.model.remat)
     )
@@ -100,6 +102,18 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     return policy, params
 
 
+def _add_lora(config: ConfigDict, model, params, mesh):
+    """Returns (model, params) with A and B beside the weights, where the config asks for LoRA."""
+    if (lora := make_lora(**lora_options(config.model))) is None:
+        return model, params
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, lora=lora))
+    places = shardings(declare(model.config)["lora"], mesh)
+    init = jax.jit(init_lora, static_argnums=0, out_shardings=places)
+    # Steps count from 1: the keys of "step 0" are free.
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    return model, {**params, "lora": init(model.config, key)}
+
+
 def check_options(config: ConfigDict, mesh) -> None:
     """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
     for group, key, known in (
@@ -116,6 +130,7 @@ def check_options(config: ConfigDict, mesh) -> None:
         options: Any = config[group]
         if options[key] not in known:
             raise InputError(f"{group}.{key}={options[key]!r} is none of {', '.join(known)}")
+    make_lora(**lora_options(config.model))
     if config.sample.stop:
         encode_stop(config.sample.stop)
     if unknown := set(config.sample.int8) - set(INT8):
@@ -145,10 +160,14 @@ def check_options(config: ConfigDict, mesh) -> None:
 def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
     """Returns the lines that a run prints first."""
     millions = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+    size = f"{millions:.2f} M parameters"
+    if config.model.lora_rank:
+        trained = sum(x.size for x in jax.tree.leaves(params["lora"])) / 1e6
+        size += f", of which LoRA trains {trained:.2f} M"
     mesh = ", ".join(f"{axis}={size}" for axis, size in policy.mesh.shape.items())
     lines = [
         f"{config.method} on {config.task.module.rsplit('.', 1)[-1]}: policy {config.model.path} "
-        f"({millions:.2f} M parameters), "
+        f"({size}), "
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), mesh {mesh}",
         f"{config.data.prompts_per_step} prompts x {config.sample.group_size} rollouts a step, "
         f"steps {start + 1} to {config.total_steps}, seed {config.seed}",
@@ -193,9 +212,10 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
             options.path, format=options.format or None, mesh=policy.mesh, dtype=config.model.dtype
         )
     else:
-        tokenizer, prm = policy.tokenizer, PRM(policy.model)
+        model, weights = merge(policy.model, params)
+        tokenizer, prm = policy.tokenizer, PRM(model)
         head = replicate(prm.init_head(jax.random.key(config.seed)), policy.mesh)
-        backbone = {name: weights for name, weights in params.items() if name != "unembed"}
+        backbone = {name: x for name, x in weights.items() if name != "unembed"}
         prm_params = {"backbone": jax.tree.map(jnp.copy, backbone), "head": head}
 
     def score_fn(ids, mask, score_positions, step_mask):

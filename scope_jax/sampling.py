@@ -28,6 +28,7 @@ from scope_jax.models import decoding
 from scope_jax.models.decoding import program
 from scope_jax.models.int8 import Int8, quantise_weights
 from scope_jax.models.kv_cache import KVCache, SharedPrompts
+from scope_jax.models.lora import base_of, merge
 from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.records import InputError, Rollouts
 from scope_jax.sharding import DECODING, Rules, shardings, spec
@@ -177,9 +178,10 @@ def decoding_layout(model, params, mesh=None, rules: Rules = DECODING, *, int8=(
 
     To be called once for weights that are sampled from, a training step's say. The weights are
     resharded (gathered from `fsdp` once, where the decode loop would gather them for every token),
-    cast to the dtype of the computation, and on a CPU cut into an array per layer. No sampled token
-    depends on it. `params` stay as they are; what is returned is a copy unless nothing had to
-    change, and its memory is free again when the caller lets go of it: do so before an update.
+    cast to the dtype of the computation, LoRA is merged into them, and on a CPU they are cut into
+    an array per layer. No sampled token depends on it. `params` stay as they are; what is returned
+    is a copy unless nothing had to change, and its memory is free again when the caller lets go of
+    it: do so before an update.
 
     Args:
       model, params: another model than `Transformer` is returned as it is.
@@ -202,26 +204,30 @@ def decoding_layout(model, params, mesh=None, rules: Rules = DECODING, *, int8=(
             model, config=dataclasses.replace(model.config, cache_dtype="int8")
         )
     split = jax.default_backend() == "cpu"
-    where = shardings(declare(model.config), mesh, rules) if mesh and mesh.size > 1 else None
+    base, weights = base_of(model, params)
+    where = shardings(declare(base.config), mesh, rules) if mesh and mesh.size > 1 else None
     dtype = np.dtype(model.config.dtype)
-    as_is = jax.tree.map(lambda x: x.dtype == dtype, params)
+    as_is = jax.tree.map(lambda x: x.dtype == dtype, weights)
     if where is not None:
         as_is = jax.tree.map(
-            lambda x, s, same: same and x.sharding.is_equivalent_to(s, x.ndim), params, where, as_is
-        )
+            lambda x, s, same: same and x.sharding.is_equivalent_to(s, x.ndim),
+            weights, where, as_is,
+        )  # fmt: skip
     in_eight_bits = "weights" in int8
-    if not split and not in_eight_bits and all(jax.tree.leaves(as_is)):
-        return model, params
+    merged = weights is params  # there is no LoRA to merge
+    if merged and not split and not in_eight_bits and all(jax.tree.leaves(as_is)):
+        return base, params
     params = _layout_program(model, mesh if where else None, rules, split, in_eight_bits)(params)
     blocks = (1,) * model.config.num_layers if split else ()
-    return dataclasses.replace(model, blocks=blocks), params
+    return dataclasses.replace(base, blocks=blocks), params
 
 
 @functools.cache
 def _layout_program(model, mesh, rules, split: bool, in_eight_bits: bool):
-    declared = declare(model.config)
+    declared = declare(dataclasses.replace(model.config, lora=None))
 
     def lay_out(params):
+        _, params = merge(model, params)
         layers = params["layers"]
         params = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
         if in_eight_bits:  # rounded once, from the precision that was given
@@ -380,6 +386,8 @@ def _roll_out(
       budgets: [B] numpy; rows with a budget of 0 are never decoded.
       drawing, static: `draw`'s arrays and the stop table; its static options and eos_ids.
     """
+    if isinstance(model, Transformer):
+        model, params = merge(model, params)  # once, not for every token
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
         model, params = model.one_block_per_layer(params)
     place, shards = _batch_sharding(ids), _batch_shards(ids)

@@ -24,7 +24,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -48,7 +47,7 @@ from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.steps import segment_steps
-from scope_jax.update import init_state, make_optimizer, split_rows, update_policy
+from scope_jax.update import init_state, make_optimizer, reference, split_rows, update_policy
 
 Rows = dict[str, Any]
 
@@ -227,7 +226,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
     scorer = load_scorer(config, policy, params)
     optimizer = make_optimizer(config.total_steps * config.learn.mini_batches, **config.optimizer)
-    ref_params = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
+    ref_params = reference(params) if config.loss.kl_coef else None
     teacher = load_teacher(config, policy)
     run = Run(policy, scorer, teacher, optimizer, ref_params, Timer())
     claim_workdir(workdir, config)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
 from scope_jax.models.kv_cache import positions_from_mask
+from scope_jax.models.lora import join_frozen, split_frozen
 from scope_jax.models.transformer import Transformer
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, TrainState
 
@@ -49,8 +50,18 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
+    mu_dtype: str = "",
+    nu_dtype: str = "",
 ) -> optax.GradientTransformation:
-    """Returns AdamW under a schedule and a clipped gradient norm; steps are optimizer updates."""
+    """Returns AdamW under a schedule and a clipped gradient norm; steps are optimizer updates.
+
+    Args:
+      mu_dtype, nu_dtype: in which the first and second moments are held: "float32", "bfloat16", or
+        "" for the params'.
+    Raises:
+      InputError: an unknown schedule or dtype, or a b2 that nu_dtype cannot hold.
+    """
+    _check_moments(mu_dtype, nu_dtype, b2)
     rate = make_schedule(
         schedule,
         learning_rate=learning_rate,
@@ -58,10 +69,41 @@ def make_optimizer(
         total_steps=total_steps,
         end_factor=end_factor,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    adamw = optax.adamw(
+        rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype or None
     )
+    adamw = _hold_nu(adamw, nu_dtype) if nu_dtype else adamw
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+
+
+def _check_moments(mu_dtype: str, nu_dtype: str, b2: float) -> None:
+    for name, dtype in (("mu_dtype", mu_dtype), ("nu_dtype", nu_dtype)):
+        if dtype not in ("", "float32", "bfloat16"):
+            raise InputError(
+                f"{name} must be float32, bfloat16 or empty (that of the params), got {dtype!r}"
+            )
+    # A bfloat16 has eight bits. With b1 = 0.9 the first moment loses little to that. The second is
+    # rounded back to what it was unless a step changes it by some 1/256: with b2 = 0.999 it could
+    # rise but never fall, and even with b2 = 0.99 squares within 20 to 40 % of it leave no trace.
+    if nu_dtype == "bfloat16" and b2 > 0.99:
+        raise InputError(
+            f"nu_dtype=bfloat16 rounds away a decay of b2={b2}: set b2 to 0.99 or less, or leave "
+            "nu_dtype empty"
+        )
+
+
+def _hold_nu(adamw: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Returns AdamW whose second moment is held in `dtype`; optax has that for the first only."""
+
+    def cast(state):
+        adam, *others = state
+        return (adam._replace(nu=optax.tree.cast(adam.nu, dtype)), *others)
+
+    def update(updates, state, params=None):
+        updates, state = adamw.update(updates, state, params)
+        return updates, cast(state)
+
+    return optax.GradientTransformation(lambda params: cast(adamw.init(params)), update)
 
 
 def completion_logps(model, params, batch, *, group_size=1, temperature=1.0, chunk_size=1024):
@@ -157,11 +199,15 @@ def batch_loss(
 
 
 def init_state(optimizer, params, step: int = 0) -> TrainState:
-    """Returns the state of a new run; moments lie on the devices as their params do."""
+    """Returns the state of a new run; moments lie on the devices as their params do.
+
+    Of LoRA params only A and B get moments.
+    """
     # Committed to where they lie, as the update's results are: else its second call would be
     # compiled again. No copy.
     params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, params))
-    shapes = jax.eval_shape(optimizer.init, params)
+    trained, _ = split_frozen(params)
+    shapes = jax.eval_shape(optimizer.init, trained)
     everywhere = jax.tree.leaves(params)[0].sharding
     if isinstance(everywhere, NamedSharding):
         everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
@@ -169,13 +215,20 @@ def init_state(optimizer, params, step: int = 0) -> TrainState:
         optimizer,
         lambda _, param: param.sharding,
         shapes,
-        params,
+        trained,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=places)(trained)
     return TrainState(
         params=params, opt_state=opt_state, step=jax.device_put(np.int32(step), everywhere)
     )
+
+
+def reference(params):
+    """Returns the params of a KL to a run's start: a copy, for an update donates what it trains; of
+    LoRA params the base itself, which no update touches.
+    """
+    return split_frozen(params)[1] or jax.tree.map(jnp.copy, params)
 
 
 def train_step(
@@ -186,7 +239,8 @@ def train_step(
     Args:
       model: see models/transformer.py.
       optimizer: from `make_optimizer`.
-      state: donated; the new one lies where it lay.
+      state: donated, but for a LoRA model's base, which stays what and where it is; the new one
+        lies where it lay.
       batch: B rows, B a multiple of `micro_batches`.
       options: `micro_batches` (default 1): gradients are summed over this many parts of the batch,
         each weighted by its share of the loss denominator, so the sum is the full batch's gradient
@@ -200,9 +254,12 @@ def train_step(
     if parts < 1 or rows % (parts * size):
         groups = f" of groups of {size}" if size > 1 else ""
         raise InputError(f"{rows} rows do not divide into {parts} micro-batches{groups}")
+    trained, frozen = split_frozen(state.params)
+    state = dataclasses.replace(state, params=trained)
     leaves, treedef = jax.tree.flatten(state)
     step_fn = _compiled_step(tuple(x.sharding for x in leaves), treedef)
-    return step_fn(model, optimizer, state, batch, **options)
+    state, info = step_fn(model, optimizer, state, frozen, batch, **options)
+    return dataclasses.replace(state, params=join_frozen(state.params, frozen)), info
 
 
 @functools.lru_cache(maxsize=8)
@@ -225,10 +282,13 @@ def _compiled_step(places, treedef):
 
 
 def _train_step(
-    model, optimizer, state, batch, *, micro_batches=1, group_size=1,
+    model, optimizer, state, frozen, batch, *, micro_batches=1, group_size=1,
     loss_agg="seq-mean-token-sum-norm", **loss_options,
 ):  # fmt: skip
-    grad_fn = jax.value_and_grad(batch_loss, has_aux=True)
+    def loss_fn(trained, *args, **options):
+        return batch_loss(join_frozen(trained, frozen), *args, **options)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     options = {"group_size": group_size, "loss_agg": loss_agg, **loss_options}
     if micro_batches == 1:
         (loss, info), grads = grad_fn(state.params, model, batch, **options)

@@ -14,7 +14,7 @@ FLOORS = [
     ["sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
     + ["calibration", "drawing", "stopping", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
-    + ["models.safetensors_files", "models.hf"],
+    + ["models.lora", "models.safetensors_files", "models.hf"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
     + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"],
     ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"],
@@ -24,6 +24,7 @@ FLOORS = [
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"), ("losses", "sharding"),
     ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
+    ("models.transformer", "models.lora"), ("models.hf", "models.lora"),
     ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),
     ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),

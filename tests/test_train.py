@@ -17,7 +17,7 @@ from scope_jax import train as train_module
 from scope_jax.checkpoint import open_checkpoints
 from scope_jax.configlib import load_config
 from scope_jax.evaluate import main as evaluate_main
-from scope_jax.models.hf import save_hf
+from scope_jax.models.hf import load_hf, save_hf
 from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import PRM, save_prm
 from scope_jax.train import main, train
@@ -194,6 +194,47 @@ def test_other_methods_and_options_run(tmp_path, options):
         assert all(0.99 < row["is_weight"] < 1.01 for row in steps)
 
 
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    params = run(
+        workdir, "--config.model.lora_rank=4", "--config.loss.kl_coef=0.1",
+        "--config.optimizer.mu_dtype=bfloat16",
+    )  # fmt: skip
+    return workdir, params
+
+
+def test_lora_trains_its_thin_matrices_alone(lora_run):
+    workdir, params = lora_run
+    thin = params.pop("lora")
+    assert set(thin) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert all(np.any(pair["b"]) for pair in thin.values())  # they start at zero
+    _, start = load_hf("scope_jax/tasks/worksheet_models/policy", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, params, start)
+    steps = training_rows(workdir)
+    assert [row["recompiles"] for row in steps] == [0, 0]
+    # The sampler's merged weights are the trainer's, and the reference is what the run began as.
+    assert max(row["logp_gap"] for row in steps) < 1e-4
+    assert steps[0]["kl"] < steps[1]["kl"] < 0.1
+
+
+def test_a_lora_run_goes_on_as_if_it_had_never_stopped(tmp_path, lora_run):
+    options = ("--config.model.lora_rank=4", "--config.loss.kl_coef=0.1",
+               "--config.optimizer.mu_dtype=bfloat16")  # fmt: skip
+    run(tmp_path / "run", *options, "--config.total_steps=1")
+    params = run(tmp_path / "run", *options)
+    jax.tree.map(np.testing.assert_array_equal, params, final_params(lora_run[0]))
+
+
+def test_evaluation_of_a_lora_run_follows_the_run_not_the_command_line(capsys, lora_run):
+    workdir, _ = lora_run
+    last = [row for row in rows(workdir) if "eval/pass@1" in row][-1]
+    for more in ([], ["--config.model.lora_rank=2"]):
+        assert evaluate_main(["--config", WORKSHEET, "--workdir", str(workdir), *more]) == 0
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert printed == {key: value for key, value in last.items() if key != "step"}
+
+
 def test_all_right_groups_are_never_made_by_repair(tmp_path):
     """With every wrong rollout to be repaired, replacement leaves each group one wrong row."""
     options = ("--config.locate.locator=oracle", "--config.select.min_prefix_steps=0")
@@ -354,6 +395,8 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
         ("--config.correct.accept=all", "is none of verified_correct, prm_ok, any"),
         ("--config.loss.off_policy=shape", "loss.off_policy='shape' is none of shaped"),
         ("--config.optimizer.schedule=cos", "schedule must be one of"),
+        ("--config.optimizer.mu_dtype=half", "mu_dtype must be float32, bfloat16 or empty"),
+        ("--config.model.lora_rank=-1", "LoRA's rank must be at least 1 (model.lora_rank=0: no"),
         ("--config.sample.int8=('kv',)", "sample.int8 must be some of weights, cache, got ['kv']"),
         ("--config.learn.is_weights=True", "learn.is_weights needs learn.old_logps=recompute"),
         ("--config.reward.fn=scope_jax.rewards:verfy", "did you mean 'verify'?"),

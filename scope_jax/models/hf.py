@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scope_jax.models.lora import merge
 from scope_jax.models.safetensors_files import (
     CHUNK_BYTES,
     FLOATS,
     Output,
     Tensors,
+    write_file,
     write_files,
 )
 from scope_jax.models.transformer import (
@@ -470,14 +472,59 @@ def save_hf(path, model: Transformer, params, tokenizer=None, *, max_shard_bytes
 
     Args:
       path: directory, made if it is not there.
-      model, params: as from `load_hf`; stored in the params' dtype.
+      model, params: as from `load_hf`; stored in the params' dtype, LoRA merged into them.
       tokenizer: a transformers tokenizer.
       max_shard_bytes: a larger model is split into several files.
     """
+    model, params = merge(model, params)
     write_checkpoint(
         path, declare(model.config), params, config_to_hf(model.config), tokenizer,
         max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
+
+
+def save_adapter(path, model: Transformer, adapters, base: str):
+    """Writes a directory that PEFT loads onto the base model: adapter_model.safetensors and
+    adapter_config.json.
+
+    Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+    Args:
+      path: directory, made if it is not there.
+      model: with config.lora.
+      adapters: params["lora"]; stored in their dtype.
+      base: path or hub id of the base model.
+    """
+    lora = model.config.lora
+    if lora is None:
+        raise InputError("the model has no config.lora, so there is no adapter to write")
+    declared = declare(model.config)["lora"]
+    leaves, tree = jax.tree.flatten(declared, is_leaf=lambda x: isinstance(x, Weight))
+    values = tree.flatten_up_to(adapters)
+    outputs = [o for w, v in zip(leaves, values, strict=True) for o in _outputs(w, v)]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        # "..self_attn.q_proj.lora_A.weight": PEFT takes all modules whose names end so
+        "target_modules": [declared[name]["a"].hf.split(".")[-3] for name in lora.targets],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,  # stored [out, in]
+        "use_rslora": False,  # the scale is alpha / r
+        "inference_mode": True,
+    }
+    directory = pathlib.Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, write in (
+        ("adapter_model.safetensors", lambda file: write_file(file, outputs)),
+        ("adapter_config.json", lambda f: f.write_text(json.dumps(config, indent=2) + "\n")),
+    ):
+        partial = directory / f"{name}.partial"
+        write(partial)
+        partial.rename(directory / name)
 
 
 def write_checkpoint(

@@ -238,7 +238,7 @@ def write_files(directory: pathlib.Path, outputs: list[Output], max_shard_bytes:
         file.unlink()  # of a save that was killed
     try:
         for partial, shard in zip(partials, shards, strict=True):
-            _write_file(partial, shard)
+            write_file(partial, shard)
         for old in [INDEX, "model.safetensors", "model-?????-of-?????.safetensors"]:
             for file in directory.glob(old):
                 # A single file of before is replaced by the rename; an index goes first, so that
@@ -259,7 +259,8 @@ def write_files(directory: pathlib.Path, outputs: list[Output], max_shard_bytes:
         partial.rename(directory / INDEX)
 
 
-def _write_file(file: pathlib.Path, outputs: list[Output]) -> None:
+def write_file(file: pathlib.Path, outputs: list[Output]) -> None:
+    """Writes one safetensors file, piece by piece."""
     formats = {dtype: name for name, dtype in FLOATS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     at = 0

@@ -30,7 +30,6 @@ from scope_jax.models.attention import (
     context_mask,
     merge_segments,
 )
-from scope_jax.models.int8 import product
 from scope_jax.models.kv_cache import (
     KVCache,
     SharedPrompts,
@@ -38,6 +37,7 @@ from scope_jax.models.kv_cache import (
     take_in_shards,
     write_tokens,
 )
+from scope_jax.models.lora import LoRA, adapt, declare_lora, merge, product
 
 Params = dict[str, Any]
 
@@ -80,6 +80,7 @@ class TransformerConfig:
     remat: str = "none"  # what the backward pass computes again: see REMAT
     cache_dtype: str = ""  # of keys and values: "" = the computation's | "int8"
     attention: str = "auto"  # of whole contexts: "xla" | "splash" | "cudnn", "auto" by platform
+    lora: LoRA | None = None  # of params that hold "lora"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,8 @@ def declare(c: TransformerConfig) -> dict[str, Any]:
     }
     if not c.tie_embeddings:
         tree["unembed"] = Weight((d, v), ("embed", "vocab"), "normal", "lm_head.weight", 1)
+    if c.lora is not None:
+        tree["lora"] = declare_lora(layers, c.lora)
     return tree
 
 
@@ -150,6 +153,11 @@ def init_params(declared, key: jax.Array, dtype=jnp.float32) -> Params:
     leaves, treedef = jax.tree.flatten(declared, is_leaf=lambda x: isinstance(x, Weight))
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten([init_weight(w, k, dtype) for w, k in zip(leaves, keys, strict=True)])
+
+
+def init_lora(c: TransformerConfig, key: jax.Array) -> Params:
+    """Returns params["lora"] of a model that still is its base: A random, B zero, float32."""
+    return init_params(declare(c)["lora"], key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +196,10 @@ class Transformer:
         count = self.config.num_layers
         if self.blocks == (1,) * count:
             return self, params
+        model, params = merge(self, params)
         (stacked,) = blocks_of(params["layers"])
         split = _split_layers(params, stacked, self.unembed(params), count)
-        return dataclasses.replace(self, blocks=(1,) * count), split
+        return dataclasses.replace(model, blocks=(1,) * count), split
 
     def __call__(
         self,
@@ -204,7 +213,7 @@ class Transformer:
         """Reads tokens and returns the hidden state after each of them.
 
         Args:
-          params: tree of `declare(config)`.
+          params: tree of `declare(config)`; without "lora" those of the base alone.
           tokens: [B, L] int32.
           positions: [B, L] int32, -1 on padding. A token sees those of its row at positions 0 ..
             its own.
@@ -251,7 +260,10 @@ class Transformer:
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat])
         x = params["embed"][tokens].astype(dtype)
-        blocks = blocks_of(params["layers"])
+        layers = params["layers"]
+        if "lora" in params:
+            layers = adapt(layers, params["lora"], c.lora)
+        blocks = blocks_of(layers)
         empty = (None,) * len(blocks)
         keys, values = (empty, empty) if cache is None else (cache.keys, cache.values)
         others = context if shared is None else shared
