@@ -1,0 +1,104 @@
+"""What a process of tests/test_hosts.py does: python hosts_worker.py FOLDER TASK [ARGUMENT ..].
+
+The environment says which of how many it is. Process 0 writes what it found into FOLDER.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scope_jax.hosts import join_hosts
+from scope_jax.models.transformer import Transformer, TransformerConfig, declare
+from scope_jax.records import PAD, POLICY, TEACHER, TrainBatch
+from scope_jax.sharding import (
+    fetch,
+    host_part,
+    make_mesh,
+    own_rows,
+    put_batch,
+    put_parts,
+    replicate,
+    shardings,
+)
+from scope_jax.update import init_state, make_optimizer, update_policy
+
+CONFIG = TransformerConfig(
+    vocab_size=32, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32
+)
+ROWS, PROMPT, LENGTH, GROUP = 16, 6, 10, 2
+
+
+def fixed_rollouts(rng: np.random.Generator) -> TrainBatch:
+    """A whole batch: every process makes the same one and takes its rows."""
+    prompts = np.repeat(rng.integers(1, 32, (ROWS // GROUP, PROMPT)), GROUP, axis=0)
+    mask = np.arange(LENGTH) < rng.integers(3, LENGTH + 1, (ROWS, 1))
+    source = np.where(mask, rng.choice([POLICY, POLICY, TEACHER], mask.shape), PAD)
+    return TrainBatch(
+        prompt_ids=prompts.astype(np.int32), prompt_mask=np.ones(prompts.shape, bool),
+        completion_ids=np.where(mask, rng.integers(1, 32, mask.shape), 0).astype(np.int32),
+        completion_mask=mask, token_source=source.astype(np.int8),
+        old_logps=np.where(mask, rng.normal(-3.5, 0.1, mask.shape), 0).astype(np.float32),
+        advantages=np.repeat(rng.normal(size=(ROWS, 1)), LENGTH, axis=1).astype(np.float32),
+    )  # fmt: skip
+
+
+def loss_curve(mesh, steps: int = 3) -> list[float]:
+    """Losses and gradient norms of two updates a step, on fixed rollouts."""
+    model, rng = Transformer(CONFIG), np.random.default_rng(0)
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
+    part, parts = host_part(mesh)
+
+    def place(x, where):
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    optimizer = make_optimizer(2 * steps, learning_rate=1e-2)
+    params = jax.tree.map(place, params, shardings(declare(CONFIG), mesh))
+    state, found = init_state(optimizer, params), []
+    for _ in range(steps):
+        rows = jax.tree.map(lambda x: np.split(x, parts)[part], fixed_rollouts(rng))
+        state, infos = update_policy(
+            model, optimizer, state, put_parts(rows, 2, mesh), group_size=GROUP, micro_batches=1
+        )
+        found += [float(x) for info in infos for x in (info["loss"], info["grad_norm"])]
+    return found
+
+
+def check_copies(mesh) -> None:
+    """Rows and shared values go to the mesh and come back, without a copy that is not spelled."""
+    part, parts = host_part(mesh)
+    assert parts == jax.process_count()
+    whole = {"ids": np.arange(64).reshape(16, 4), "mask": np.arange(16) % 3 == 0}
+    own = jax.tree.map(lambda x: np.split(x, parts)[part], whole)
+    guards = jax.transfer_guard_host_to_device("disallow")
+    with guards, jax.transfer_guard_device_to_host("disallow"):
+        placed = put_batch(own, mesh)
+        jax.tree.map(np.testing.assert_array_equal, own_rows(placed, mesh), own)
+        jax.tree.map(np.testing.assert_array_equal, fetch(placed), whole)
+        everywhere = replicate(whole, mesh)
+        jax.tree.map(np.testing.assert_array_equal, fetch(everywhere), whole)
+        jax.tree.map(np.testing.assert_array_equal, own_rows(everywhere, mesh), own)
+        halves = put_parts(own, 2, mesh)
+        found = fetch(halves)
+    assert all(x.sharding == placed["ids"].sharding for x in jax.tree.leaves(halves))
+    np.testing.assert_array_equal(np.concatenate([half["ids"] for half in found]), whole["ids"])
+    assert int(jnp.sum(placed["ids"])) == whole["ids"].sum()
+
+
+def main(folder: pathlib.Path, task: str, *arguments: str) -> None:
+    join_hosts()
+    if task == "curves":
+        found = {}
+        for sizes in arguments:
+            mesh = make_mesh(*map(int, sizes.split("x")))
+            check_copies(mesh)
+            found[sizes] = loss_curve(mesh)
+        if jax.process_index() == 0:
+            (folder / "curves.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), *sys.argv[2:])
