@@ -1,6 +1,8 @@
-"""What a process of tests/test_hosts.py does: python hosts_worker.py FOLDER TASK [ARGUMENT ..].
+"""What a process of tests/test_hosts.py does: python hosts_worker.py FOLDER MESHES [ARGUMENT ..].
 
-The environment says which of how many it is. Process 0 writes what it found into FOLDER.
+The environment says which of how many it is. On each mesh (4x2x1,2x2x2) it checks the copies from
+host to device and trains on fixed rollouts; process 0 writes the losses to FOLDER/curves.json. With
+arguments it is then `python -m scope_jax.train ARGUMENT ..`.
 """
 
 import json
@@ -10,10 +12,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from scope_jax.hosts import join_hosts
+from scope_jax import sharding
+from scope_jax.hosts import all_hosts, join_hosts
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
-from scope_jax.records import PAD, POLICY, TEACHER, TrainBatch
+from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch
 from scope_jax.sharding import (
     fetch,
     host_part,
@@ -24,6 +28,7 @@ from scope_jax.sharding import (
     replicate,
     shardings,
 )
+from scope_jax.train import main as train_main
 from scope_jax.update import init_state, make_optimizer, update_policy
 
 CONFIG = TransformerConfig(
@@ -88,17 +93,33 @@ def check_copies(mesh) -> None:
     assert int(jnp.sum(placed["ids"])) == whole["ids"].sum()
 
 
-def main(folder: pathlib.Path, task: str, *arguments: str) -> None:
+def check_meshes() -> None:
+    """A mesh that would part a batch shard between hosts is refused, one out of order is sorted."""
+    local, count = jax.local_device_count(), jax.process_count()
+    nearest = f"data={count}, fsdp=1, model={local}"
+    with pytest.raises(InputError, match=f"the nearest that does not: {nearest}"):
+        make_mesh(1, 1, -1)
+    assert make_mesh(count, 1, local).size == count * local  # it does work
+    mesh = make_mesh()
+    mixed = np.array(jax.devices()).reshape(count, local).T.reshape(mesh.devices.shape)
+    mixed = jax.sharding.Mesh(mixed, mesh.axis_names, axis_types=mesh.axis_types)
+    assert sharding._in_order_of_hosts(mixed) == mesh
+
+
+def main(folder: pathlib.Path, meshes: str, *of_train: str) -> int:
     join_hosts()
-    if task == "curves":
-        found = {}
-        for sizes in arguments:
+    if meshes:
+        check_meshes()
+        curves = {}
+        for sizes in meshes.split(","):
             mesh = make_mesh(*map(int, sizes.split("x")))
             check_copies(mesh)
-            found[sizes] = loss_curve(mesh)
+            curves[sizes] = loss_curve(mesh)
+        assert all_hosts(jax.process_index()) == list(range(jax.process_count()))
         if jax.process_index() == 0:
-            (folder / "curves.json").write_text(json.dumps(found))
+            (folder / "curves.json").write_text(json.dumps(curves))
+    return train_main(list(of_train)) if of_train else 0
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), *sys.argv[2:])
+    sys.exit(main(pathlib.Path(sys.argv[1]), *sys.argv[2:]))
