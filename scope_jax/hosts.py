@@ -7,9 +7,11 @@ notes and end together. A single process does nothing of it.
     SCOPE_JAX_NUM_PROCESSES=4                   how many processes there are
     SCOPE_JAX_PROCESS_ID=0                      and which of them this is, 0 .. 3
 
-A process that fails leaves the others in a computation that never ends. JAX ends them: one that was
-killed misses its heartbeats (100 s), one that raised an error waits for the others at its exit and
-gives up after LAST_WAIT; then all are aborted. On a CPU a closed connection is noticed at once.
+What goes wrong with the input while a run is set up ends all processes with one line. Later a
+process that fails leaves the others in a computation that never ends, until JAX aborts them: one
+that raised an error waits for the others at its exit, for LAST_WAIT at most, and of one that was
+killed no heartbeat comes for 100 s (over gloo a closed connection raises an error at once, and then
+it is LAST_WAIT again). If process 0 is killed the others are aborted at once.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 The environment says which of how many it is. On each mesh (4x2x1,2x2x2) it checks the copies from
 host to device and trains on fixed rollouts; process 0 writes the losses to FOLDER/curves.json. With
-arguments it is then `python -m scope_jax.train ARGUMENT ..`.
+arguments it is then `python -m scope_jax.train ARGUMENT ..`; without, it samples (tokens.json).
 """
 
 import json
@@ -18,6 +18,7 @@ from scope_jax import sharding
 from scope_jax.hosts import all_hosts, join_hosts
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch
+from scope_jax.sampling import continue_from, decoding_layout
 from scope_jax.sharding import (
     fetch,
     host_part,
@@ -72,6 +73,29 @@ def loss_curve(mesh, steps: int = 3) -> list[float]:
     return found
 
 
+def sampled(mesh) -> list[list[int]]:
+    """Completions of all rows: fewer slots than rows, contexts of all lengths, a budget a row."""
+    model, rng = Transformer(CONFIG), np.random.default_rng(1)
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(2)))
+    places = shardings(declare(CONFIG), mesh)
+
+    def place(x, where):
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    part, parts = host_part(mesh)
+    ids = rng.integers(1, 32, (ROWS, PROMPT)).astype(np.int32)
+    mask = np.arange(PROMPT) >= rng.integers(0, PROMPT, (ROWS, 1))
+    budgets = rng.integers(0, LENGTH, ROWS).astype(np.int32)
+    lengths = rng.integers(1, PROMPT, ROWS).astype(np.int32)
+    own = put_batch([np.split(x, parts)[part] for x in (ids, mask, ids, lengths, budgets)], mesh)
+    layout = decoding_layout(model, jax.tree.map(place, params, places), mesh)
+    rollouts = continue_from(
+        *layout, *own[:4], jax.random.key(3), max_new_tokens=own[4], eos_ids=(0,),
+        buffer_length=LENGTH, slots=ROWS // 2,
+    )  # fmt: skip
+    return fetch(rollouts.completion_ids).tolist()
+
+
 def check_copies(mesh) -> None:
     """Rows and shared values go to the mesh and come back, without a copy that is not spelled."""
     part, parts = host_part(mesh)
@@ -116,8 +140,10 @@ def main(folder: pathlib.Path, meshes: str, *of_train: str) -> int:
             check_copies(mesh)
             curves[sizes] = loss_curve(mesh)
         assert all_hosts(jax.process_index()) == list(range(jax.process_count()))
+        tokens = None if of_train else sampled(mesh)
         if jax.process_index() == 0:
             (folder / "curves.json").write_text(json.dumps(curves))
+            (folder / "tokens.json").write_text(json.dumps(tokens))
     return train_main(list(of_train)) if of_train else 0
 
 

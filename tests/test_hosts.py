@@ -106,10 +106,13 @@ def test_two_processes_have_one_process_s_losses_on_fixed_rollouts(two_hosts):
 
 
 @pytest.mark.slow
-def test_four_processes_have_one_process_s_losses_on_fixed_rollouts(tmp_path):
+def test_four_processes_have_one_process_s_losses_and_tokens(tmp_path):
     done = run_hosts(tmp_path, 4, "4x2x1,2x2x2")
     assert [code for code, _ in done] == [0] * 4, done
     check_curves(tmp_path)
+    tokens = json.loads((tmp_path / "tokens.json").read_text())
+    assert tokens == hosts_worker.sampled(make_mesh(2, 2, 2))
+    assert np.count_nonzero(tokens) > 40
 
 
 def check_same_rows(ours, theirs, tolerance):
