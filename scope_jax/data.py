@@ -69,8 +69,8 @@ def prompt_iterator(
     Args:
       source: random access to the records.
       batch_size: records of all parts together.
-      part: (k, n): of each batch the k-th of n equal parts, neighbouring records. The state counts
-        batches, so another number of parts goes on from it.
+      part: (k, n): of each batch the k-th of n equal parts, neighbouring records (n divides
+        batch_size). The state counts batches, so another number of parts goes on from it.
     Raises:
       InputError: fewer records than one batch.
     """

@@ -90,7 +90,7 @@ def shared_errors() -> Iterator[None]:
         yield
     except (InputError, OSError) as raised:
         error = raised
-    texts = all_hosts(None if error is None else str(error)[: NOTE_BYTES // 8])
+    texts = all_hosts(None if error is None else str(error)[: NOTE_BYTES // 16])
     if error is not None:
         raise error
     for process, text in enumerate(texts):

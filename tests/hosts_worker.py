@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from scope_jax import sharding
-from scope_jax.hosts import all_hosts, join_hosts
+from scope_jax.configlib import claim_workdir
+from scope_jax.hosts import all_hosts, join_hosts, on_first_host
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch
 from scope_jax.sampling import continue_from, decoding_layout
@@ -130,16 +131,26 @@ def check_meshes() -> None:
     assert sharding._in_order_of_hosts(mixed) == mesh
 
 
+def check_errors(workdir: pathlib.Path) -> None:
+    """Process 0 claims the workdir, for all; what it finds wrong is said by all."""
+    on_first_host(claim_workdir, workdir, {"seed": 0})
+    assert (workdir / "config.json").exists()
+    prefix = f"process 0: {workdir}" if jax.process_index() else str(workdir)
+    with pytest.raises(InputError, match=f"^{prefix} belongs to another config: seed is 0 there"):
+        on_first_host(claim_workdir, workdir, {"seed": 1})
+    assert all_hosts(jax.process_index()) == list(range(jax.process_count()))
+
+
 def main(folder: pathlib.Path, meshes: str, *of_train: str) -> int:
     join_hosts()
     if meshes:
         check_meshes()
+        check_errors(folder / "claimed")
         curves = {}
         for sizes in meshes.split(","):
             mesh = make_mesh(*map(int, sizes.split("x")))
             check_copies(mesh)
             curves[sizes] = loss_curve(mesh)
-        assert all_hosts(jax.process_index()) == list(range(jax.process_count()))
         tokens = None if of_train else sampled(mesh)
         if jax.process_index() == 0:
             (folder / "curves.json").write_text(json.dumps(curves))

@@ -162,7 +162,7 @@ def errors(done) -> list[str]:
 def test_what_one_process_cannot_read_ends_all_with_its_line(tmp_path):
     arguments = ("--config", CONFIG, "--workdir", str(tmp_path / "run"))
     own = ("--config.model.path=/nowhere",)
-    first, last = errors(run_hosts(tmp_path, 2, "", *arguments, own=own, timeout=60))
+    first, last = errors(run_hosts(tmp_path, 2, "", *arguments, own=own))
     assert last.startswith("error: model directory /nowhere does not exist")
     assert first == last.replace("error: ", "error: process 1: ")
     assert not (tmp_path / "run").exists()
