@@ -54,11 +54,23 @@ def _lines(file, path) -> Iterator[bytes]:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
-def prompt_iterator(source: Sequence[dict], *, batch_size: int, seed: int, shuffle: bool = True):
+def prompt_iterator(
+    source: Sequence[dict],
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    part: tuple[int, int] = (0, 1),
+):
     """Returns an endless, checkpointable Grain iterator over batches (lists) of records.
 
     The order is a function of the seed and changes every epoch.
 
+    Args:
+      source: random access to the records.
+      batch_size: records of all parts together.
+      part: (k, n): of each batch the k-th of n equal parts, neighbouring records (n divides
+        batch_size). The state counts batches, so another number of parts goes on from it.
     Raises:
       InputError: fewer records than one batch.
     """
@@ -66,7 +78,7 @@ def prompt_iterator(source: Sequence[dict], *, batch_size: int, seed: int, shuff
         raise InputError(f"{len(source)} problems do not fill one batch of {batch_size} prompts")
     dataset = grain.MapDataset.source(source)
     dataset = dataset.shuffle(seed=seed) if shuffle else dataset
-    dataset = dataset.repeat().batch(batch_size, batch_fn=list)
+    dataset = dataset.repeat().batch(batch_size // part[1], batch_fn=list)[part[0] :: part[1]]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 

@@ -25,12 +25,12 @@ from scope_jax.records import InputError
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
 from scope_jax.sampling import decoding_layout, generate
-from scope_jax.sharding import put_batch
+from scope_jax.sharding import fetch, host_part, own_rows, put_batch
 
 
 def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_size, **sampling):
     """Samples `group_size` completions of every record and returns their rewards [len(records),
-    group_size].
+    group_size]. Each process (of several) verifies a part of them.
 
     Args:
       records: rows of the task; the last batch is filled up by repeating the last one, so one
@@ -38,9 +38,10 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
       batch_size: problems at a time.
       sampling: max_new_tokens, temperature (`generate`'s).
     """
-    rewards = []
+    rewards, (part, parts) = [], host_part(policy.mesh)
     for start in range(0, len(records), batch_size):
         batch = [records[min(i, len(records) - 1)] for i in range(start, start + batch_size)]
+        batch = batch[part * batch_size // parts : (part + 1) * batch_size // parts]
         prompts = policy.tokenize(batch)
         ids, mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
         row_ids = np.arange(start * group_size, (start + batch_size) * group_size, dtype=np.int32)
@@ -48,10 +49,14 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
             policy.model, params, ids, mask, key, group_size=group_size, row_ids=row_ids,
             **policy.ends, **sampling,
         )  # fmt: skip
-        completions = jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
+        completions = (rollouts.completion_ids, rollouts.completion_mask)
+        completions = own_rows(completions, policy.mesh)
         texts = decode_completions(policy.tokenizer, *completions)
         golds = [record["gold"] for record in batch for _ in range(group_size)]
-        rewards += score_completions(policy.reward_fn, golds, texts)
+        own = score_completions(policy.reward_fn, golds, texts)
+        if parts > 1:
+            own = fetch(put_batch(np.array(own, np.float32), policy.mesh)).tolist()
+        rewards += own
     return np.asarray(rewards).reshape(-1, group_size)[: len(records)]
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from scope_jax.diversity import group_diversity
+from scope_jax.hosts import all_hosts
 from scope_jax.records import POLICY, TEACHER
 
 COLUMNS = (  # heading, metric, format
@@ -31,6 +32,12 @@ COLUMNS = (  # heading, metric, format
     ("update t/s", "tokens_per_s/update", "{:>10,.0f}"),
     ("sec", "seconds/step", "{:>5.2f}"),
 )
+# Means over some of a process's rows, and how many these were.
+MEANS_OVER = {
+    "corrections/correct_share": "corrections/made",
+    "corrections/first_error": "corrections/made",
+    "prm/agreement": "prm/scored",
+}
 
 
 class Timer:
@@ -77,7 +84,8 @@ class CompileCounter:
 
 class Writer:
     """Writes a run's metrics to WORKDIR/metrics.jsonl and TensorBoard, its rollouts to
-    WORKDIR/rollouts, lines to stdout.
+    WORKDIR/rollouts, lines to stdout. Of several processes the first one writes, the others' writer
+    does nothing.
 
     Args:
       workdir: of the run.
@@ -87,19 +95,26 @@ class Writer:
 
     def __init__(self, workdir: pathlib.Path, start_step: int = 0):
         self.workdir = workdir
-        self.console = Console(highlight=False, soft_wrap=True)
+        self._silent = jax.process_index() > 0
+        self.console = Console(highlight=False, soft_wrap=True, quiet=self._silent)
         self._lines = 0
         self._sums = collections.Counter()
         self._file = workdir / "metrics.jsonl"
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), flush_secs=30, write_to_disk=not self._silent
+        )
+        if self._silent:
+            return
         if self._file.exists():
             lines = self._file.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= start_step]
             self._file.write_text("".join(f"{line}\n" for line in kept))
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
         (workdir / "rollouts").mkdir(exist_ok=True)
 
     def write(self, step: int, metrics: dict) -> None:
         """Appends one row of scalars; a value that is not finite is written as null."""
+        if self._silent:
+            return
         row = {key: _finite(value) for key, value in metrics.items()}
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
@@ -108,7 +123,12 @@ class Writer:
                 self._tensorboard.add_scalar(key, value, step)
 
     def step(self, step: int, metrics: dict) -> None:
-        """Writes a training step's row and prints its line, with the headings every 20 lines."""
+        """Writes a training step's row and prints its line, with the headings every 20 lines.
+
+        Args:
+          metrics: of this process; `over_hosts` puts them together.
+        """
+        metrics = over_hosts(metrics)
         self.write(step, metrics)
         summed = (
             "policy_tokens",
@@ -144,6 +164,8 @@ class Writer:
 
     def rollouts(self, step: int, rows, trace, problems, tokenizer, *, groups: int) -> None:
         """Writes `rollout_records` as JSON lines to rollouts/step_NNNNNN.jsonl."""
+        if self._silent:
+            return
         records = rollout_records(step, rows, trace, problems, tokenizer, groups)
         text = "".join(json.dumps(record) + "\n" for record in records)
         (self.workdir / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
@@ -228,8 +250,32 @@ def correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens) -> dict
         "corrections/first_error": mean(first_error[repaired], -1.0),
         "teacher_tokens": teacher_tokens,
         "prm/agreement": mean(((first_error >= 0) == wrong)[scored], 0.0),  # verdict on the whole
+        "prm/scored": int(scored.sum()),
         "prm/unscored": int((~scored).sum()),
     }
+
+
+def over_hosts(metrics: dict) -> dict:
+    """Returns a step's metrics of all processes together; all must call it.
+
+    Whole numbers are counts and are added up, as speeds are; of times and recompilations the most
+    counts. Other numbers are means over rows or groups, of which each process has equally many, or
+    MEANS_OVER some of them.
+    """
+    if jax.process_count() == 1:
+        return metrics
+    parts = all_hosts({key: np.asarray(value).item() for key, value in metrics.items()})
+    together = {}
+    for key, value in parts[0].items():
+        values = [part[key] for part in parts]
+        if key.startswith("seconds/") or key == "recompiles":
+            together[key] = max(values)
+        elif key.startswith("tokens_per_s/") or isinstance(value, int):
+            together[key] = sum(values)
+        else:
+            weights = [part[MEANS_OVER[key]] if key in MEANS_OVER else 1 for part in parts]
+            together[key] = np.average(values, weights=weights if any(weights) else None)
+    return together
 
 
 def mean_diversity(texts: list[str], group_size: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
-from scope_jax.sharding import DECODING, make_mesh, put_batch, replicate, shardings
+from scope_jax.sharding import DECODING, make_mesh, own_rows, put_batch, replicate, shardings
 from scope_jax.splicing import INSERT
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
@@ -165,10 +165,11 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
         trained = sum(x.size for x in jax.tree.leaves(params["lora"])) / 1e6
         size += f", of which LoRA trains {trained:.2f} M"
     mesh = ", ".join(f"{axis}={size}" for axis, size in policy.mesh.shape.items())
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     lines = [
         f"{config.method} on {config.task.module.rsplit('.', 1)[-1]}: policy {config.model.path} "
         f"({size}), "
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s), mesh {mesh}",
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s){hosts}, mesh {mesh}",
         f"{config.data.prompts_per_step} prompts x {config.sample.group_size} rollouts a step, "
         f"steps {start + 1} to {config.total_steps}, seed {config.seed}",
     ]
@@ -219,11 +220,13 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
         prm_params = {"backbone": jax.tree.map(jnp.copy, backbone), "head": head}
 
     def score_fn(ids, mask, score_positions, step_mask):
-        size, parts = options.batch_size or len(ids), []
+        # `ids` are this process's rows, and batch_size is of all processes'.
+        size, parts = max(1, options.batch_size // jax.process_count()), []
+        size = size if options.batch_size else len(ids)
         for start in range(0, len(ids), size):
             columns = (x[start : start + size] for x in (ids, mask, score_positions, step_mask))
             columns = put_batch(tuple(columns), policy.mesh)
-            parts.append(jax.device_get(score_steps(prm, prm_params, *columns)))
+            parts.append(own_rows(score_steps(prm, prm_params, *columns), policy.mesh))
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     if options.path and options.reads == "text":
@@ -265,11 +268,12 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
 
     def continue_ids(prompt_ids, prompt_mask, prefix_ids, prefix_length, budgets, key):
         prompts = put_batch((prompt_ids, prompt_mask), policy.mesh)
-        prefixes = put_batch((prefix_ids, prefix_length), policy.mesh)
-        return continue_from(
+        *prefixes, budgets = put_batch((prefix_ids, prefix_length, budgets), policy.mesh)
+        written = continue_from(
             model, params, *prompts, *prefixes, key=key, max_new_tokens=budgets,
             buffer_length=config.sample.max_new_tokens, **sampling,
         )  # fmt: skip
+        return own_rows(written, policy.mesh)
 
     if tokenizer.get_vocab() == policy.tokenizer.get_vocab():
         return model_teacher(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from scope_jax.models import decoding
 from scope_jax.models.decoding import program
@@ -31,7 +31,7 @@ from scope_jax.models.kv_cache import KVCache, SharedPrompts
 from scope_jax.models.lora import base_of, merge
 from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.records import InputError, Rollouts
-from scope_jax.sharding import DECODING, Rules, shardings, spec
+from scope_jax.sharding import DECODING, Rules, fetch, replicate, shardings, spec
 
 FEWEST_SLOTS = 4  # below it a step costs the same
 FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
@@ -93,7 +93,7 @@ def generate(
     _check_prompts(prompt_ids, prompt_mask)
     if group_size < 1:
         raise InputError(f"group_size must be at least 1, got {group_size}")
-    mask = jax.device_get(prompt_mask)
+    mask = fetch(prompt_mask)
     if not (mask.shape[1] and mask[:, -1].all()):
         raise InputError(
             "every prompt needs a token in its last column: prompts are LEFT-padded and not empty"
@@ -152,13 +152,13 @@ def continue_from(
             f"{rows} prompts, but prefix_ids {prefix_ids.shape} and "
             f"prefix_length {prefix_length.shape}"
         )
-    lengths = np.asarray(jax.device_get(prefix_length))
+    lengths = np.asarray(fetch(prefix_length))
     if lengths.min(initial=0) < 0 or lengths.max(initial=0) > prefix_ids.shape[1]:
         raise InputError(
             f"prefix_length must lie in 0 .. {prefix_ids.shape[1]}, "
             f"got {lengths.min()} .. {lengths.max()}"
         )
-    lengths = jax.device_get(prompt_mask).sum(-1) + lengths
+    lengths = fetch(prompt_mask).sum(-1) + lengths
     if not lengths.all():
         raise InputError(
             "every row needs a token to continue from: its prompt and prefix are empty"
@@ -292,7 +292,7 @@ def _options(
     slots, stop_table, vocab_size,
 ) -> dict:  # fmt: skip
     """Checks the sampling options and splits them into static ones and arrays."""
-    budgets = np.asarray(jax.device_get(max_new_tokens), np.int32)
+    budgets = np.asarray(fetch(max_new_tokens), np.int32)
     row_ids = np.arange(rows, dtype=np.int32) if row_ids is None else row_ids
     if budgets.shape not in ((), (rows,)) or np.shape(row_ids) != (rows,):
         raise InputError(
@@ -504,7 +504,7 @@ class _Homes:
     """Which place of `Contexts` holds which context: as many as rows in flight can need."""
 
     def __init__(self, run: _Run, places: int):
-        mask = np.asarray(jax.device_get(run.mask))
+        mask = np.asarray(fetch(run.mask))
         self.run, self.spans = run, mask.shape[1] - mask.argmax(1)  # columns, from the first token
         self.held = np.full((run.shards, places // run.shards), -1)  # the context in each place
         self.place = np.zeros(len(mask), int)  # of each context, within its shard
@@ -708,12 +708,14 @@ def _batch_sharding(ids) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
-def _replicate(tree, place: NamedSharding | None):
+def _replicate(tree, place: NamedSharding | None) -> Any:
     """Copies host arrays to the device, or to all of the mesh: left on one device they would be
     sliced and sent on by programs of their own.
     """
-    everywhere = None if place is None else NamedSharding(place.mesh, PartitionSpec())
-    return jax.device_put(tree, everywhere)
+    if place is None:
+        return jax.device_put(tree)
+    assert isinstance(place.mesh, Mesh)
+    return replicate(tree, place.mesh)
 
 
 @program(static=("group_size",))

@@ -3,9 +3,18 @@
 Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered layer by layer),
 `model` (tensor parallel). Arrays name their dimensions by LOGICAL axes (`embed`, `heads`, ...); a
 `Rules` maps those to mesh axes.
+
+Each process (of several: hosts.py) has its own rows of a batch on its host, the neighbouring ones
+that its own devices hold. One process has them all.
+
+    put_batch       this process's rows, numpy   ->  one array [B, ..] on the mesh
+    own_rows        an array [B, ..]             ->  this process's rows, numpy
+    replicate       what all processes have      ->  an array on every device
+    fetch           any array                    ->  all of it, numpy, in every process
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -38,10 +47,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices=None) ->
     """Returns a mesh over all devices; -1 takes the devices that the other axes leave.
 
     Args:
-      devices: others than this process's, those of a TPU topology say (`jax.experimental
-        .topologies`), to compile for.
+      devices: others than these, those of a TPU topology say (`jax.experimental.topologies`), to
+        compile for.
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or part a batch shard's
+      devices between hosts.
     """
     sizes = {"data": data, "fsdp": fsdp, "model": model}
     on, devices = devices, len(devices or jax.devices())
@@ -56,7 +66,39 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices=None) ->
         )
     # Auto axes: under Explicit ones (the default) gather and top_k on a sharded vocabulary raise.
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=on)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=on)
+    return mesh if on or jax.process_count() == 1 else _in_order_of_hosts(mesh)
+
+
+def _in_order_of_hosts(mesh: Mesh) -> Mesh:
+    """Returns the mesh, with its devices in another order where a process's batch shards would not
+    be neighbours: JAX follows the wires of a TPU slice, not the hosts.
+    """
+    if not jax.distributed.is_initialized():
+        raise InputError(
+            f"this is one of {jax.process_count()} hosts: set SCOPE_JAX_COORDINATOR=auto on each"
+        )
+    local, (_, fsdp, model) = jax.local_device_count(), mesh.devices.shape
+    if local % model:
+        model = max(m for m in range(1, model) if local % m == 0)
+        fsdp = math.gcd(fsdp, mesh.size // model)
+        raise InputError(
+            f"mesh {dict(mesh.shape)} parts the model axis between hosts of {local} devices; "
+            f"the nearest that does not: data={mesh.size // fsdp // model}, {fsdp=}, {model=}"
+        )
+    hosts = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, local)
+    if (hosts == hosts[:, :1]).all():
+        return mesh
+    devices = sorted(mesh.devices.flat, key=lambda device: (device.process_index, device.id))
+    devices = np.array(devices).reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns (k, n): this process has part k of the n equal parts of a batch's rows."""
+    hosts = [device.process_index for device in mesh.devices.flat]
+    own = hosts.count(jax.process_index())
+    return hosts.index(jax.process_index()) // own, mesh.size // own
 
 
 def axis_for(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
@@ -126,26 +168,97 @@ def shardings(declared, mesh: Mesh, rules: Rules = TRAINING):
 
 
 def put_batch(tree, mesh: Mesh, rules: Rules = TRAINING):
-    """Copies host arrays [B, ...] to the mesh, their rows split over its batch axes.
+    """Copies this process's rows of host arrays [B / processes, ...] to the mesh, as one array
+    [B, ...], its rows split over the batch axes.
 
     Raises:
       InputError: rows that the mesh does not divide.
     """
-    partition = spec(("batch",), rules)
-    axes = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    place = _batch_place(mesh, rules)
+    parts, processes = math.prod(mesh.shape[a] for a in _batch_axes(rules)), jax.process_count()
 
     def put(x):
-        if x.shape[0] % parts:
+        rows = x.shape[0] * processes
+        if rows % parts:
             raise InputError(
-                f"{x.shape[0]} rows do not divide over the {parts} batch shards of the mesh "
+                f"{rows} rows do not divide over the {parts} batch shards of the mesh "
                 f"{dict(mesh.shape)}"
             )
-        return jax.device_put(np.asarray(x), NamedSharding(mesh, partition))
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(place, x, (rows, *x.shape[1:]))
 
-    return jax.tree.map(put, tree)
+    with jax.transfer_guard_host_to_device("allow"):  # these copies are meant
+        return jax.tree.map(put, tree)
+
+
+def put_parts(tree, parts: int, mesh: Mesh, rules: Rules = TRAINING) -> list:
+    """Cuts a batch into parts of neighbouring rows and copies each to the mesh, see `put_batch`.
+
+    The parts are the same whatever the number of processes: rows then change hosts.
+
+    Args:
+      tree: host arrays [B / processes, ...].
+    """
+    if jax.process_count() == 1:
+        return [put_batch(part, mesh, rules) for part in split_rows(tree, parts)]
+    return _laid_out(_batch_place(mesh, rules), parts)(put_batch(tree, mesh, rules))
+
+
+def split_rows(tree, parts: int) -> list:
+    """Cuts arrays [B, ...] into parts of neighbouring rows."""
+    size = jax.tree.leaves(tree)[0].shape[0] // parts
+    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], tree) for i in range(parts)]
+
+
+def own_rows(tree, mesh: Mesh, rules: Rules = TRAINING):
+    """Returns this process's rows of arrays [B, ...], as numpy [B / processes, ...]."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def own(x):  # each index once: devices of the model axis hold copies
+        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate(jax.device_get([shards[start] for start in sorted(shards)]))
+
+    return jax.tree.map(own, _laid_out(_batch_place(mesh, rules))(tree))
 
 
 def replicate(tree, mesh: Mesh):
-    """Copies a tree to every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Copies a tree to every device of the mesh; all processes have the same one."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def put(x):  # `device_put` would let the processes compare their values first
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x if x.sharding == everywhere else _laid_out(everywhere)(x)
+        x = np.asarray(jax.device_get(x))
+        return jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
+
+    with jax.transfer_guard_host_to_device("allow"):  # these copies are meant
+        return jax.tree.map(put, tree)
+
+
+def fetch(tree):
+    """Returns whole arrays as numpy, in every process; all must call it."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        assert isinstance(x.sharding, NamedSharding)
+        return _laid_out(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+@functools.cache
+def _laid_out(place: NamedSharding, parts: int = 0):
+    """Returns a program that copies arrays, or their parts, to other places of their mesh."""
+    return jax.jit(lambda tree: split_rows(tree, parts) if parts else tree, out_shardings=place)
+
+
+def _batch_axes(rules: Rules) -> tuple[str, ...]:
+    return (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
+
+
+def _batch_place(mesh: Mesh, rules: Rules) -> NamedSharding:
+    return NamedSharding(mesh, spec(("batch",), rules))

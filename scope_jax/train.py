@@ -13,6 +13,7 @@ Without an accepted repair the update is Dr.GRPO's, bit for bit.
 
 Host arrays are numpy and every copy to or from the devices is spelled out (the loop runs under
 transfer guards). `rows` is what the stages hand on: a dict of arrays [B, ...], a row per rollout.
+Each process (of several: hosts.py) has its own groups' rows here; the mesh has them all.
 """
 
 import argparse
@@ -31,23 +32,18 @@ from scope_jax import checkpoint
 from scope_jax.configlib import claim_workdir, load_config, one_line_errors
 from scope_jax.data import decode_completions, prompt_iterator
 from scope_jax.evaluate import evaluate_policy
+from scope_jax.hosts import join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
 from scope_jax.losses import assign_credit
 from scope_jax.metrics import CompileCounter, Timer, Writer, correction_metrics, mean_diversity
-from scope_jax.records import (
-    CorrectionRequests,
-    InputError,
-    ScoreRequests,
-    TrainBatch,
-    TrainState,
-)
+from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, TrainBatch, TrainState
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import decoding_layout, generate
-from scope_jax.sharding import put_batch, replicate
+from scope_jax.sharding import host_part, own_rows, put_batch, put_parts, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.steps import segment_steps
-from scope_jax.update import init_state, make_optimizer, reference, split_rows, update_policy
+from scope_jax.update import init_state, make_optimizer, reference, update_policy
 
 Rows = dict[str, Any]
 
@@ -82,7 +78,7 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
         prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
         options = {k: v for k, v in config.sample.items() if k != "stop"} | policy.ends
         layout = decoding_layout(policy.model, params, policy.mesh, int8=options.pop("int8"))
-        rollouts = jax.device_get(generate(*layout, prompt_ids, prompt_mask, key, **options))
+        rollouts = own_rows(generate(*layout, prompt_ids, prompt_mask, key, **options), policy.mesh)
     rows = {
         "record": np.repeat(np.arange(len(records)), config.sample.group_size),
         "prompt_ids": rollouts.prompt_ids, "prompt_mask": rollouts.prompt_mask,
@@ -139,7 +135,8 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
         spare_last_wrong=options.keep_last_wrong and options.insert != "append"
         and config.advantages.baseline == "group", **config.locate, **config.select,
     )  # fmt: skip
-    plan = first_error, chosen, is_real, kept, targets = jax.device_get(plan)
+    first_error, chosen, is_real, kept, targets = own_rows(plan, mesh)
+    chosen, targets = chosen % len(first_error), targets % len(first_error)  # among our own rows
     fixed = {name: value[chosen] for name, value in rows.items()}
     accepted, teacher_tokens, unaligned = np.zeros(len(chosen), bool), 0, 0
     for key in teach_keys:
@@ -153,7 +150,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
             written = run.teacher(requests, key)
         columns = (fixed["ids"], fixed["mask"], fixed["logps"], kept)
         columns = put_batch((*columns, written.ids, written.mask, written.logps), mesh)
-        spliced = jax.device_get(splice_rollouts(*columns, pad_id=run.policy.pad_id))
+        spliced = own_rows(splice_rollouts(*columns, pad_id=run.policy.pad_id), mesh)
         names = ("ids", "mask", "source", "logps", "overflowed")
         new = fixed | dict(zip(names, spliced, strict=True)) | {"finished": written.stopped}
         new["rewards"] = verify(run, new, records)
@@ -169,6 +166,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     )
     wrong = rows["rewards"] < solved_at
     counts["teacher/alignment_failed"] = unaligned
+    plan = first_error, chosen, is_real
     metrics = counts | correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
     return repaired, metrics, trace
@@ -189,10 +187,10 @@ def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
 
 def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[TrainState, dict]:
     """Turns a step's rows into advantages and takes `mini_batches` optimizer updates."""
-    mesh, slots = run.policy.mesh, len(rows["rewards"]) // config.data.prompts_per_step
+    mesh, slots = run.policy.mesh, len(rows["rewards"]) // (rows["record"][-1] + 1)
     columns = put_batch((rows["rewards"], rows["source"], rows["row_mask"]), mesh)
     credit = assign_credit(*columns, group_size=slots, **config.advantages, **config.credit)
-    per_token, source, per_row = jax.device_get(credit)
+    per_token, source, per_row = own_rows(credit, mesh)
     batch = TrainBatch(
         prompt_ids=rows["prompt_ids"], prompt_mask=rows["prompt_mask"],
         completion_ids=rows["ids"], completion_mask=rows["mask"], token_source=source,
@@ -201,11 +199,10 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     with run.timer("update"):
         options = {**config.learn, **config.loss, "temperature": config.sample.temperature}
         options |= {"group_size": slots, "max_length": config.sample.max_new_tokens}
-        minis = split_rows(batch, options.pop("mini_batches"))
+        minis = put_parts(batch, options.pop("mini_batches"), mesh)
         state, infos = update_policy(
-            run.policy.model, run.optimizer, state, [put_batch(mini, mesh) for mini in minis],
-            ref_params=run.ref_params, **options,
-        )  # fmt: skip
+            run.policy.model, run.optimizer, state, minis, ref_params=run.ref_params, **options
+        )
         infos = jax.device_get(infos)
     metrics = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
     metrics["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
@@ -219,17 +216,19 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     """Runs the loop to `total_steps`; returns the last evaluation."""
     compiles = CompileCounter()
-    policy, params = load_policy(config)
-    problems, size = policy.problems("train"), config.data.prompts_per_step
-    data = prompt_iterator(problems, batch_size=size, seed=config.seed)
-    # A prompt that does not fit stops the run before it starts (procedural tasks: the first one).
-    policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
-    scorer = load_scorer(config, policy, params)
-    optimizer = make_optimizer(config.total_steps * config.learn.mini_batches, **config.optimizer)
-    ref_params = reference(params) if config.loss.kl_coef else None
-    teacher = load_teacher(config, policy)
+    with shared_errors():
+        policy, params = load_policy(config)
+        problems, part = policy.problems("train"), host_part(policy.mesh)
+        size, updates = config.data.prompts_per_step, config.total_steps * config.learn.mini_batches
+        data = prompt_iterator(problems, batch_size=size, seed=config.seed, part=part)
+        # A prompt that does not fit stops the run before it starts (of a task's: the first one).
+        policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
+        scorer = load_scorer(config, policy, params)
+        optimizer = make_optimizer(updates, **config.optimizer)
+        ref_params = reference(params) if config.loss.kl_coef else None
+        teacher = load_teacher(config, policy)
     run = Run(policy, scorer, teacher, optimizer, ref_params, Timer())
-    claim_workdir(workdir, config)
+    on_first_host(claim_workdir, workdir, config)
 
     # Where to start: 1. the workdir's newest checkpoint; 2. model.path.
     checkpoints = checkpoint.open_checkpoints(workdir, keep=config.checkpoint.keep)
@@ -292,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="file or shipped name, with :arg if any")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="new or to go on with")
     args, overrides = parser.parse_known_args(argv)
+    join_hosts()
     train(load_config(args.config, overrides), args.workdir)
 
 

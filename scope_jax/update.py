@@ -326,12 +326,6 @@ def _train_step(
     return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
 
 
-def split_rows(batch: TrainBatch, parts: int) -> list[TrainBatch]:
-    """Splits a host batch into mini-batches of neighbouring rows."""
-    size = batch.advantages.shape[0] // parts
-    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
-
-
 def update_policy(
     model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler",
     is_weights=False, ref_params=None, group_size=1, temperature=1.0, chunk_size=1024, **options,

@@ -142,6 +142,22 @@ def test_state_resumes_with_the_next_batch():
     assert ids_of(iterator, 5) == want
 
 
+def test_parts_make_up_the_whole_and_a_state_goes_on_in_another_number_of_parts():
+    def iterator(part=(0, 1)):
+        return prompt_iterator(RECORDS, batch_size=6, seed=1, part=part)
+
+    whole = ids_of(iterator(), 9)
+    for count in (2, 3):
+        parts = [iterator((i, count)) for i in range(count)]
+        batches = zip(*[ids_of(part, 4) for part in parts], strict=True)
+        assert [sum(batch, []) for batch in batches] == whole[:4]  # neighbouring records each
+        states = [part.get_state() for part in parts]
+        assert states == [states[0]] * count
+        resumed = iterator()
+        resumed.set_state(states[0])
+        assert ids_of(resumed, 5) == whole[4:]
+
+
 def test_too_few_records_are_refused():
     message = refusal(prompt_iterator, RECORDS, batch_size=8, seed=0)
     assert message == "7 problems do not fill one batch of 8 prompts"

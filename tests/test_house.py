@@ -11,7 +11,7 @@ PACKAGE = ROOT / "scope_jax"
 
 FLOORS = [
     ["records", "methods", "configlib"],
-    ["sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
+    ["hosts", "sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
     + ["calibration", "drawing", "stopping", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf"],

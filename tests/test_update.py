@@ -16,13 +16,12 @@ from scope_jax.losses import LOSS_AGGREGATIONS
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, TrainState
 from scope_jax.sampling import generate
-from scope_jax.sharding import make_mesh, put_batch, replicate, shardings
+from scope_jax.sharding import make_mesh, put_batch, replicate, shardings, split_rows
 from scope_jax.update import (
     completion_logps,
     init_state,
     make_optimizer,
     make_schedule,
-    split_rows,
     train_step,
     update_policy,
 )
