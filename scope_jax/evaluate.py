@@ -38,24 +38,24 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
       batch_size: problems at a time.
       sampling: max_new_tokens, temperature (`generate`'s).
     """
-    rewards, (part, parts) = [], host_part(policy.mesh)
+    rewards, (part, parts) = [], host_part(policy.decode_mesh)
     for start in range(0, len(records), batch_size):
         batch = [records[min(i, len(records) - 1)] for i in range(start, start + batch_size)]
         batch = batch[part * batch_size // parts : (part + 1) * batch_size // parts]
         prompts = policy.tokenize(batch)
-        ids, mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
+        ids, mask = put_batch((prompts.ids, prompts.mask), policy.decode_mesh)
         row_ids = np.arange(start * group_size, (start + batch_size) * group_size, dtype=np.int32)
         rollouts = generate(
             policy.model, params, ids, mask, key, group_size=group_size, row_ids=row_ids,
             **policy.ends, **sampling,
         )  # fmt: skip
         completions = (rollouts.completion_ids, rollouts.completion_mask)
-        completions = own_rows(completions, policy.mesh)
+        completions = own_rows(completions, policy.decode_mesh)
         texts = decode_completions(policy.tokenizer, *completions)
         golds = [record["gold"] for record in batch for _ in range(group_size)]
         own = score_completions(policy.reward_fn, golds, texts)
         if parts > 1:
-            own = fetch(put_batch(np.array(own, np.float32), policy.mesh)).tolist()
+            own = fetch(put_batch(np.array(own, np.float32), policy.decode_mesh)).tolist()
         rewards += own
     return np.asarray(rewards).reshape(-1, group_size)[: len(records)]
 
@@ -72,7 +72,7 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
         {"test": "", "ood": "ood_"} if options.pop("ood") else {"test": ""},
     )
     key = jax.device_put(jax.random.key(config.seed + 1))
-    model, params = decoding_layout(policy.model, params, policy.mesh)
+    model, params = decoding_layout(policy.model, params, policy.decode_mesh)
     policy = policy._replace(model=model)
     results = {}
     for split, prefix in splits.items():

@@ -28,7 +28,7 @@ from scope_jax.models.hf import (
 from scope_jax.models.lora import make_lora, merge
 from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.records import InputError
-from scope_jax.sharding import make_mesh, shardings
+from scope_jax.sharding import make_mesh, make_meshes, shardings
 
 
 def export(
@@ -98,7 +98,7 @@ def _check_out(out: pathlib.Path, source: pathlib.Path, adapter: bool) -> None:
 def _shapes(declared, dtype: np.dtype, mesh_sizes: dict[str, int]):
     """Returns shapes and places to restore onto: the run's mesh, if this machine has its size."""
     try:
-        mesh = make_mesh(**mesh_sizes)
+        mesh, _ = make_meshes(**mesh_sizes)
     except InputError:
         mesh = make_mesh()  # of another size, a laptop say: every device holds all
     is_weight = lambda x: isinstance(x, Weight)  # noqa: E731

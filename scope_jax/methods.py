@@ -27,8 +27,13 @@ def default_config() -> ConfigDict:
             # Models
             "model": {
                 "path": "",
-                "dtype": "float32",
-                "remat": "none",
+                "dtype": "float32",  # of the weights that are trained
+                # of the computation, of the sampler's weights, PRM and teacher; "" = dtype
+                "compute_dtype": "",
+                "remat": "none",  # | "products" | "attention" | "full": stores less and less
+                # in place of the checkpoint's (Qwen2.5-Math made longer: 40000.0, 16384); 0 = its
+                "rope_theta": 0.0,
+                "max_position": 0,
                 # 0 = all weights are trained; else they stay as they are, and each target of every
                 # layer gets lora_alpha / lora_rank * A B, which is
                 "lora_rank": 0,
@@ -51,7 +56,8 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "top_p": 1.0,
             },
-            "mesh": {"data": -1, "fsdp": 1, "model": 1},
+            # decode_model: "model" of the mesh that samples, on the same devices; 0 = the same
+            "mesh": {"data": -1, "fsdp": 1, "model": 1, "decode_model": 0},
             # Rollouts
             "sample": {
                 "group_size": 8,

@@ -17,13 +17,13 @@ from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.models.lora import make_lora, merge
-from scope_jax.models.transformer import REMAT, declare, init_lora
+from scope_jax.models.transformer import REMAT, TransformerConfig, declare, init_lora
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
-from scope_jax.sharding import DECODING, make_mesh, own_rows, put_batch, replicate, shardings
+from scope_jax.sharding import DECODING, make_meshes, own_rows, put_batch, replicate, shardings
 from scope_jax.splicing import INSERT
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
@@ -38,6 +38,7 @@ class Policy(NamedTuple):
     """
 
     mesh: jax.sharding.Mesh
+    decode_mesh: jax.sharding.Mesh  # the same devices, as they sample
     model: Any
     tokenizer: Any
     ends: dict[str, Any]  # of `generate`: what ends a row, and what stands behind the end
@@ -53,7 +54,7 @@ class Policy(NamedTuple):
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     """Returns (Policy, params) of a config: mesh, model, tokenizer, task and reward."""
-    mesh = make_mesh(**config.mesh)
+    mesh, decode_mesh = make_meshes(**config.mesh)
     check_options(config, mesh)  # what costs nothing to check goes before the weights
     problems = load_object(f"{config.task.module}:problems", "task.module")
     check_steps = getattr(importlib.import_module(config.task.module), "check_steps", None)
@@ -67,9 +68,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         )
     model, params = load_hf(config.model.path, mesh=mesh, dtype=config.model.dtype)
     model, params = _add_lora(config, model, params, mesh)
-    model = dataclasses.replace(
-        model, config=dataclasses.replace(model.config, remat=config.model.remat)
-    )
+    model = dataclasses.replace(model, config=trained_config(model.config, config.model))
     longest = config.data.max_prompt_length + max(
         config.sample.max_new_tokens, config.eval.max_new_tokens
     )
@@ -80,9 +79,10 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
             "eval.max_new_tokens"
         )
     ends = row_ends(tokenizer, eos_ids, config.sample.stop, model.config.vocab_size)
-    ends["stop_table"] = replicate(ends["stop_table"], mesh)
+    ends["stop_table"] = replicate(ends["stop_table"], decode_mesh)
     policy = Policy(
         mesh=mesh,
+        decode_mesh=decode_mesh,
         model=model,
         tokenizer=tokenizer,
         ends=ends,
@@ -100,6 +100,22 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         check_steps=check_steps,
     )
     return policy, params
+
+
+def compute_dtype(config: ConfigDict) -> str:
+    """Returns the dtype that the models of a run compute in."""
+    return config.model.compute_dtype or config.model.dtype
+
+
+def trained_config(read: TransformerConfig, options: ConfigDict) -> TransformerConfig:
+    """Returns the config of a checkpoint as the config's `model` changes it."""
+    return dataclasses.replace(
+        read,
+        remat=options.remat,
+        dtype=options.compute_dtype or options.dtype,
+        rope_theta=options.rope_theta or read.rope_theta,
+        max_position=options.max_position or read.max_position,
+    )
 
 
 def _add_lora(config: ConfigDict, model, params, mesh):
@@ -210,7 +226,10 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     if options.path:
         tokenizer, _ = load_tokenizer(options.path)
         prm, prm_params = load_prm(
-            options.path, format=options.format or None, mesh=policy.mesh, dtype=config.model.dtype
+            options.path,
+            format=options.format or None,
+            mesh=policy.mesh,
+            dtype=compute_dtype(config),
         )
     else:
         model, weights = merge(policy.model, params)
@@ -254,26 +273,26 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
     if config.teacher.kind != "model":
         raise InputError(f'teacher.kind must be "model" or "dataset", got {config.teacher.kind!r}')
     model, params = load_hf(
-        config.teacher.path, mesh=policy.mesh, rules=DECODING, dtype=config.model.dtype
+        config.teacher.path, mesh=policy.decode_mesh, rules=DECODING, dtype=compute_dtype(config)
     )
-    model, params = decoding_layout(model, params, policy.mesh)
+    model, params = decoding_layout(model, params, policy.decode_mesh)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
     ends = row_ends(tokenizer, eos_ids, config.sample.stop, model.config.vocab_size)
     sampling = {
         **ends,
-        "stop_table": replicate(ends["stop_table"], policy.mesh),
+        "stop_table": replicate(ends["stop_table"], policy.decode_mesh),
         "temperature": config.teacher.temperature,
         "top_p": config.teacher.top_p,
     }
 
     def continue_ids(prompt_ids, prompt_mask, prefix_ids, prefix_length, budgets, key):
-        prompts = put_batch((prompt_ids, prompt_mask), policy.mesh)
-        *prefixes, budgets = put_batch((prefix_ids, prefix_length, budgets), policy.mesh)
+        prompts = put_batch((prompt_ids, prompt_mask), policy.decode_mesh)
+        *prefixes, budgets = put_batch((prefix_ids, prefix_length, budgets), policy.decode_mesh)
         written = continue_from(
             model, params, *prompts, *prefixes, key=key, max_new_tokens=budgets,
             buffer_length=config.sample.max_new_tokens, **sampling,
         )  # fmt: skip
-        return own_rows(written, policy.mesh)
+        return own_rows(written, policy.decode_mesh)
 
     if tokenizer.get_vocab() == policy.tokenizer.get_vocab():
         return model_teacher(

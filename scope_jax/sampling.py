@@ -398,7 +398,6 @@ def _roll_out(
     rolling = isinstance(model, Transformer)  # other caches can neither grow nor be refilled
     (contexts, width), refilled = ids.shape, slots < len(budgets)
     places = min(contexts, slots) if rolling else contexts
-    chunk = slots // 8 // shards if places < contexts else PREFILL_TOKENS // width
     if "stop_table" in drawing:
         drawing["stop_table"] = _replicate(drawing["stop_table"], place)
     columns = column_buckets(length, refilled=refilled) if rolling else [0]
@@ -412,7 +411,9 @@ def _roll_out(
         sizes=sizes[: 1 + len(columns)],
         columns=columns,
         widths=context_buckets(width) if rolling else [width],
-        chunk=min(max(1, chunk), places // shards) if rolling else contexts // shards,
+        chunk=prefill_chunk(width, contexts=contexts, places=places, slots=slots, shards=shards)
+        if rolling
+        else contexts // shards,
     )  # fmt: skip
     contexts = decoding.no_contexts(
         model, params, ids, mask, places=places, length=length, place=place
@@ -626,6 +627,17 @@ def _warm_up(run: _Run, state, contexts):
         decoding.finish(at, pad_id=run.pad_id)
         state = at if shape == (run.sizes[0], run.columns[0]) else state
     return state, contexts
+
+
+def prefill_chunk(width: int, *, contexts: int, places: int, slots: int, shards: int = 1) -> int:
+    """Returns how many contexts each batch shard reads in one forward.
+
+    >>> prefill_chunk(1024, contexts=64, places=64, slots=512)
+    4
+    """
+    # With fewer places than contexts those of the rows that enter together: an eighth of the slots.
+    chunk = slots // 8 // shards if places < contexts else PREFILL_TOKENS // width
+    return min(max(1, chunk), places // shards)
 
 
 def slot_buckets(slots: int, shards: int = 1) -> list[int]:

@@ -101,6 +101,37 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
     return hosts.index(jax.process_index()) // own, mesh.size // own
 
 
+def make_meshes(*, decode_model: int = 0, devices=None, **sizes: int) -> tuple[Mesh, Mesh]:
+    """Returns (`make_mesh`, its `decoding_mesh`) of a config's `mesh`."""
+    mesh = make_mesh(**sizes, devices=devices)
+    return mesh, decoding_mesh(mesh, decode_model)
+
+
+def decoding_mesh(mesh: Mesh, model: int) -> Mesh:
+    """Returns a mesh of the same devices for decoding, with `model` of them to a replica.
+
+    An update is fastest with whole weights gathered layer by layer (`fsdp`); a decode step is too
+    short for that and wants each device to hold its part of every layer (`model`). Arrays may go
+    from one mesh to the other: the devices keep their order.
+
+    Args:
+      model: 0 returns the mesh as it is.
+    Raises:
+      InputError: the mesh's fsdp * model is no multiple.
+    """
+    if model == 0:
+        return mesh
+    weights = mesh.shape["fsdp"] * mesh.shape["model"]
+    if weights % model:
+        near = max(n for n in range(1, min(model, weights) + 1) if weights % n == 0)
+        raise InputError(
+            f"mesh.decode_model={model} does not divide the mesh's fsdp x model = {weights}; "
+            f"{near} would"
+        )
+    shape = (mesh.shape["data"], weights // model, model)
+    return Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def axis_for(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
     """Returns the mesh axis if there is one that divides `size`, else None (replicated)."""
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None

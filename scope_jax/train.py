@@ -75,10 +75,11 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
     policy = run.policy
     with run.timer("sample"):
         prompts = policy.tokenize(records)
-        prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), policy.mesh)
+        mesh = policy.decode_mesh
+        prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), mesh)
         options = {k: v for k, v in config.sample.items() if k != "stop"} | policy.ends
-        layout = decoding_layout(policy.model, params, policy.mesh, int8=options.pop("int8"))
-        rollouts = own_rows(generate(*layout, prompt_ids, prompt_mask, key, **options), policy.mesh)
+        layout = decoding_layout(policy.model, params, mesh, int8=options.pop("int8"))
+        rollouts = own_rows(generate(*layout, prompt_ids, prompt_mask, key, **options), mesh)
     rows = {
         "record": np.repeat(np.arange(len(records)), config.sample.group_size),
         "prompt_ids": rollouts.prompt_ids, "prompt_mask": rollouts.prompt_mask,

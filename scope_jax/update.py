@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from scope_jax.hardware import update_compiler_options
 from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.lora import join_frozen, split_frozen
@@ -249,6 +250,21 @@ def train_step(
     Returns:
       (new state, dict of [] float32: loss, grad_norm, update_norm and `batch_loss`'s diagnostics).
     """
+    step_fn, state, frozen = _step_for(state, batch, options)
+    state, info = step_fn(model, optimizer, state, frozen, batch, **options)
+    return dataclasses.replace(state, params=join_frozen(state.params, frozen)), info
+
+
+def lower_train_step(model, optimizer, state: TrainState, batch: TrainBatch, **options):
+    """Returns `train_step` lowered (`jax.stages.Lowered`), for a state and a batch of arrays or of
+    shapes with shardings.
+    """
+    step_fn, state, frozen = _step_for(state, batch, options)
+    return step_fn.lower(model, optimizer, state, frozen, batch, **options)
+
+
+def _step_for(state: TrainState, batch: TrainBatch, options):
+    """Returns (the jitted update, its state, the params that it only reads)."""
     rows, parts = batch.advantages.shape[0], options.get("micro_batches", 1)
     size = options.get("group_size", 1)
     if parts < 1 or rows % (parts * size):
@@ -257,9 +273,7 @@ def train_step(
     trained, frozen = split_frozen(state.params)
     state = dataclasses.replace(state, params=trained)
     leaves, treedef = jax.tree.flatten(state)
-    step_fn = _compiled_step(tuple(x.sharding for x in leaves), treedef)
-    state, info = step_fn(model, optimizer, state, frozen, batch, **options)
-    return dataclasses.replace(state, params=join_frozen(state.params, frozen)), info
+    return _compiled_step(tuple(x.sharding for x in leaves), treedef), state, frozen
 
 
 @functools.lru_cache(maxsize=8)
@@ -278,6 +292,7 @@ def _compiled_step(places, treedef):
         ),
         donate_argnames=("state",),
         out_shardings=(jax.tree.unflatten(treedef, places), None),
+        compiler_options=update_compiler_options(min(places[0].device_set, key=lambda d: d.id)),
     )  # fmt: skip
 
 
@@ -326,6 +341,18 @@ def _train_step(
     return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
 
 
+def groups_stay_whole(by_row, group_size: int, micro_batches: int) -> bool:
+    """Returns whether every micro-batch gives every batch shard of the mesh whole groups: else to
+    read a prompt once would cut a group, or have several devices read the same one.
+
+    Args:
+      by_row: any array [B, ..] of the mini-batch, or its shape with a sharding.
+    """
+    rows, sharding = by_row.shape[0], by_row.sharding
+    shards = rows // sharding.shard_shape(by_row.shape)[0]
+    return rows % (micro_batches * group_size * shards) == 0
+
+
 def update_policy(
     model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler",
     is_weights=False, ref_params=None, group_size=1, temperature=1.0, chunk_size=1024, **options,
@@ -340,8 +367,8 @@ def update_policy(
       is_weights: with "recompute", `correct_for_sampler`: for a sampler that is not quite the
         policy (eight bits, another layout).
       ref_params: of the KL's reference; needed with kl_coef > 0.
-      group_size: so many neighbouring rows have one prompt, which is then read once, unless the
-        micro-batches would cut groups.
+      group_size: so many neighbouring rows have one prompt, which is then read once, where
+        `groups_stay_whole`.
       options: `train_step`'s.
     Returns:
       (new state, list of the updates' diagnostics, on the device).
@@ -350,8 +377,7 @@ def update_policy(
         raise InputError(f'old_logps must be "sampler" or "recompute", got {old_logps!r}')
     if is_weights and old_logps != "recompute":
         raise InputError('is_weights needs old_logps="recompute": there is nothing to weigh by')
-    rows, parts = minis[0].advantages.shape[0], options.get("micro_batches", 1)
-    if rows % (parts * group_size):
+    if not groups_stay_whole(minis[0].advantages, group_size, options.get("micro_batches", 1)):
         group_size = 1
     settings = {
         "group_size": group_size, "temperature": temperature, "chunk_size": chunk_size

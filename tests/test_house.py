@@ -12,12 +12,13 @@ PACKAGE = ROOT / "scope_jax"
 FLOORS = [
     ["records", "methods", "configlib"],
     ["hosts", "sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
-    + ["calibration", "drawing", "stopping", "models.int8"],
+    + ["calibration", "drawing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
-    + ["models.lora", "models.safetensors_files", "models.hf"],
+    + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
     + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"],
-    ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"],
+    ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
+    + ["programs", "plan"],
     ["train"],
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
@@ -29,7 +30,9 @@ SAME_FLOOR = {
     ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),
     ("tasks.math_problems", "data"), ("step_labels", "data"),
-    ("evaluate", "roles"), ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),
+    ("hlo", "hardware"), ("models.flops", "models.transformer"),
+    ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
+    ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),
 }  # fmt: skip
 
 
@@ -66,7 +69,7 @@ def test_imports_point_down_the_floors():
 
 
 def test_only_the_top_knows_ml_collections():
-    allowed = {"configlib", "methods", "roles", "evaluate", "train"}
+    allowed = {"configlib", "methods", "roles", "evaluate", "plan", "train"}
     users = {module_name(p) for p in PACKAGE.rglob("*.py") if "ml_collections" in p.read_text()}
     assert users <= allowed
 

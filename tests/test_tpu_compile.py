@@ -1,6 +1,6 @@
 """The decode loop compiled for TPUs that this machine has not: what HBM holds, what chips exchange.
 
-A small model with the proportions of experiments/compile_decode.py, whose parser these tests use.
+A small model with the proportions of experiments/compile_decode.py.
 """
 
 import dataclasses
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from scope_jax.hlo import big_copies, collectives, largest, parse
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
+from scope_jax.programs import decode_programs, memory
 from scope_jax.records import TrainBatch
 from scope_jax.sharding import TRAINING, spec
 from scope_jax.update import completion_logps
@@ -45,14 +47,18 @@ def tool():
 
 
 def compile_segment(tool, topology, config=CONFIG, **options):
-    mesh = tool.topology_mesh(topology, **SIZES)
-    lowered, weights, kv = tool.programs(config, mesh, **WORK, **options)
+    _, mesh = tool.topology_mesh(topology, **SIZES)
+    lowered, held = decode_programs(config, mesh, **WORK, **options)
     compiled = lowered["segment"]().compile()
-    return tool.parse(compiled.as_text()), tool.hbm(compiled) / (weights + kv)
+    return parse(compiled.as_text()), memory(compiled) / in_use(held)
 
 
-def gathered(tool, computations):
-    found = tool.collectives(computations)
+def in_use(held):
+    return held["weights"] + held["kv"] + held["prompts_kv"]
+
+
+def gathered(computations):
+    found = collectives(computations)
     assert {
         "op": "all-reduce",
         "bytes": 32 * 512 * 2,
@@ -64,16 +70,16 @@ def gathered(tool, computations):
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
 def test_decode_loop_moves_neither_weights_nor_cache(tool, topology):
     computations, hbm = compile_segment(tool, topology)
-    assert gathered(tool, computations) < SMALLEST_MATRIX
-    assert tool.big_copies(computations, ONE_LAYER) == []
+    assert gathered(computations) < SMALLEST_MATRIX
+    assert big_copies(computations, ONE_LAYER) == []
     assert hbm <= 1.10
-    per_layer = [x for x in tool.collectives(computations) if x["per_layer"]]
+    per_layer = [x for x in collectives(computations) if x["per_layer"]]
     assert [x["op"] for x in per_layer] == ["all-reduce"] * 2  # after attention and after the MLP
 
 
 def test_training_layout_would_gather_weights(tool):
     computations, _ = compile_segment(tool, "v5e:2x4", rules=TRAINING)
-    gathers = [x["bytes"] for x in tool.collectives(computations) if x["op"] == "all-gather"]
+    gathers = [x["bytes"] for x in collectives(computations) if x["op"] == "all-gather"]
     assert max(gathers) >= SMALLEST_MATRIX
 
 
@@ -81,25 +87,25 @@ def test_cache_in_another_order_would_be_copied(tool, monkeypatch):
     monkeypatch.setattr("scope_jax.models.kv_cache.in_row_major_order", lambda x: x)
     unordered = dataclasses.replace(CONFIG, rope_theta=2e4)  # traced anew
     computations, hbm = compile_segment(tool, "v5e:2x4", unordered)
-    assert tool.big_copies(computations, ONE_LAYER)
+    assert big_copies(computations, ONE_LAYER)
     assert hbm > 1.10
 
 
 def test_eight_bits_are_read_as_they_are(tool):
     int8 = ("weights", "cache")
-    mesh = tool.topology_mesh("v5e:2x4", **SIZES)
-    lowered, weights, kv = tool.programs(CONFIG, mesh, **WORK, int8=int8)
+    _, mesh = tool.topology_mesh("v5e:2x4", **SIZES)
+    lowered, held = decode_programs(CONFIG, mesh, **WORK, int8=int8)
     compiled = lowered["segment"]().compile()
-    computations = tool.parse(compiled.as_text())
-    assert tool.big_copies(computations, ONE_LAYER // 2) == []  # no copy in bfloat16 either
-    assert tool.hbm(compiled) <= 1.10 * (weights + kv)
-    _, whole_weights, whole_kv = tool.programs(CONFIG, mesh, **WORK)
-    assert weights < 0.75 * whole_weights  # the embedding, a third of this model, is whole
-    assert kv < 0.52 * whole_kv
+    computations = parse(compiled.as_text())
+    assert big_copies(computations, ONE_LAYER // 2) == []  # no copy in bfloat16 either
+    assert memory(compiled) <= 1.10 * in_use(held)
+    _, whole = decode_programs(CONFIG, mesh, **WORK)
+    assert held["weights"] < 0.75 * whole["weights"]  # the embedding, a third of this, is whole
+    assert held["kv"] < 0.52 * whole["kv"] and held["prompts_kv"] < 0.52 * whole["prompts_kv"]
 
 
 def test_training_attends_by_the_kernel_on_each_chips_own_heads(tool):
-    length, mesh = 1024, tool.topology_mesh("v5e:2x4", **SIZES)
+    length, (_, mesh) = 1024, tool.topology_mesh("v5e:2x4", **SIZES)
     model, declared = Transformer(CONFIG), declare(CONFIG)
     array = lambda shape, dtype, axes: jax.ShapeDtypeStruct(  # noqa: E731
         shape, dtype, sharding=NamedSharding(mesh, spec(axes))
@@ -119,7 +125,7 @@ def test_training_attends_by_the_kernel_on_each_chips_own_heads(tool):
     # Nobody sends queries, keys or scores around: heads and rows stay on their chip.
     rows, heads = 8 // 2, CONFIG.num_heads // 4
     gathers = [
-        op for ops in tool.parse(text).values() for op in ops
+        op for ops in parse(text).values() for op in ops
         if op.kind in ("all-gather", "all-to-all") and f"{length},{CONFIG.head_dim}]" in op.text
     ]  # fmt: skip
     assert gathers == []
@@ -130,7 +136,7 @@ def test_training_attends_by_the_kernel_on_each_chips_own_heads(tool):
 
 @pytest.mark.parametrize("remat", ["attention", "full"])
 def test_kernel_runs_again_only_where_attention_is_not_kept(tool, remat):
-    length, group, mesh = 512, 4, tool.topology_mesh("v5e:2x4", **SIZES)
+    length, group, (_, mesh) = 512, 4, tool.topology_mesh("v5e:2x4", **SIZES)
     model = Transformer(dataclasses.replace(CONFIG, remat=remat))
     array = lambda shape, dtype, axes: jax.ShapeDtypeStruct(  # noqa: E731
         shape, dtype, sharding=NamedSharding(mesh, spec(axes))
@@ -154,9 +160,9 @@ def test_kernel_runs_again_only_where_attention_is_not_kept(tool, remat):
     assert len(kernels) == 2 * (3 if remat == "attention" else 4)
 
 
-def test_sizes_are_read_from_the_compiled_text(tool):
-    assert tool.largest("bf16[2,64]{1,0:T(8,128)(2,1)}") == 2 * 64 * 2
-    assert tool.largest("(f32[3]{0}, u32[]{:S(2)}, pred[16,4])") == 16 * 4
-    assert tool.largest("f8e4m3fn[7]") == 7
-    assert tool.largest("token[]") <= 1
+def test_sizes_are_read_from_the_compiled_text():
+    assert largest("bf16[2,64]{1,0:T(8,128)(2,1)}") == 2 * 64 * 2
+    assert largest("(f32[3]{0}, u32[]{:S(2)}, pred[16,4])") == 16 * 4
+    assert largest("f8e4m3fn[7]") == 7
+    assert largest("token[]") <= 1
     assert jnp.dtype(CONFIG.dtype).itemsize == 2

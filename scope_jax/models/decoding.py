@@ -92,6 +92,7 @@ class Program:
 
     def __init__(self, fn, static, donate):
         functools.update_wrapper(self, fn)
+        self.fn = fn  # untraced, for shapes
         self._jit = functools.partial(jax.jit, fn, static_argnames=static, donate_argnames=donate)
 
     @functools.cached_property

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from scope_jax.models.attention import (
     ATTENDED,
@@ -40,11 +41,14 @@ from scope_jax.models.kv_cache import (
 from scope_jax.models.lora import LoRA, adapt, declare_lora, merge, product
 
 Params = dict[str, Any]
+PRODUCT = "product"  # name of the linear maps' results that a backward pass may keep
 
 REMAT: dict[str, Any] = {
     "none": None,  # nothing: every activation is stored
     # Layers, from their inputs; but attention's results are stored (splash, "xla").
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    # Norms, SiLU and the like alone: every product's result is stored.
+    "products": jax.checkpoint_policies.save_only_these_names(ATTENDED, PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,  # whole layers
 }
 
@@ -312,7 +316,7 @@ class Transformer:
 
         normed = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
         q, k = rotate(project("q", normed), turns), rotate(project("k", normed), turns)
-        v = project("v", normed)
+        q, k, v = (checkpoint_name(x, PRODUCT) for x in (q, k, project("v", normed)))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, L, head_dim]
         if cache is not None:
             keys = write_tokens(keys, k, index, cache.length)
@@ -336,11 +340,13 @@ class Transformer:
             own = attend_segment(q, k, v, mask)
             prompts = attend_prompts(q, *prompt)
             attended = merge_segments(own, prompts).astype(dtype)
-        x = x + product("blhk,hkd->bld", attended, w["o"])
+        x = checkpoint_name(x + product("blhk,hkd->bld", attended, w["o"]), PRODUCT)
         normed = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
-        gate = jax.nn.silu(product("bld,df->blf", normed, w["gate"]))
-        up = product("bld,df->blf", normed, w["up"])
-        return x + product("blf,fd->bld", gate * up, w["down"]), keys, values
+        gate, up = (
+            checkpoint_name(product("bld,df->blf", normed, w[name]), PRODUCT)
+            for name in ("gate", "up")
+        )
+        return x + product("blf,fd->bld", jax.nn.silu(gate) * up, w["down"]), keys, values
 
 
 def _for_its_rows(x: jax.Array, rows: int) -> jax.Array:
