@@ -36,8 +36,8 @@ def get_config(arg: str = ""):
     config.prm.update(path="Qwen/Qwen2.5-Math-PRM-7B", max_length=4096, batch_size=128)
     config.teacher.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
     config.mesh.update(data=-1, fsdp=arguments.fsdp, model=1, decode_model=4)
-    # A row of 9,216 tokens for every chip at a time.
-    config.learn.update(mini_batches=2, micro_batches=512 // arguments.fsdp)
+    # Two rows of 9,216 tokens for every chip at a time: what a v5p holds.
+    config.learn.update(mini_batches=2, micro_batches=max(1, 256 // arguments.fsdp))
     config.eval.update(problems=500, ood=False, temperature=0.6)
     if arguments.runlocal:
         models = "scope_jax/tasks/worksheet_models"

@@ -16,7 +16,10 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from scope_jax.diversity import group_diversity
+from scope_jax.hardware import GIB, peak_flops, peak_memory
 from scope_jax.hosts import all_hosts
+from scope_jax.models.flops import update_flops
+from scope_jax.models.transformer import Transformer
 from scope_jax.records import POLICY, TEACHER
 
 COLUMNS = (  # heading, metric, format
@@ -30,6 +33,7 @@ COLUMNS = (  # heading, metric, format
     ("sample t/s", "tokens_per_s/sample", "{:>10,.0f}"),
     ("teach t/s", "tokens_per_s/teach", "{:>9,.0f}"),
     ("update t/s", "tokens_per_s/update", "{:>10,.0f}"),
+    ("mfu", "mfu/update", "{:>6.1%}"),
     ("sec", "seconds/step", "{:>5.2f}"),
 )
 # Means over some of a process's rows, and how many these were.
@@ -68,6 +72,38 @@ class Timer:
         }
         self.seconds.clear()
         return seconds | speeds
+
+
+def utilisation(model, rows, trained, seconds: dict[str, float]) -> dict[str, float]:
+    """Returns {"mfu/sample", "mfu/update": model flop/s over the devices' peak, "hbm_peak_gib"}.
+
+    Counted is what has to be computed, on real tokens (models/flops.py): each prompt once for its
+    group, nothing that is computed twice, no padding, one pass of an update. On a CPU the peak is
+    what a matrix product reaches there. {} for a model that is no `Transformer`.
+
+    Args:
+      rows, trained: {"record", "prompt_mask", "mask"} as sampled and as trained on.
+      seconds: `Timer.flush`'s, "seconds/sample" and "seconds/update".
+    """
+    if not isinstance(model, Transformer):
+        return {}
+
+    def lengths(rows):
+        slots = len(rows["record"]) // (int(rows["record"][-1]) + 1)
+        return slots, rows["prompt_mask"].sum(1)[::slots], rows["mask"].sum(1)
+
+    slots, prompts, completions = lengths(trained)
+    flops = {"update": update_flops(model.config, prompts, completions, group_size=slots)}
+    slots, prompts, completions = lengths(rows)
+    flops["sample"] = update_flops(model.config, prompts, completions, group_size=slots) / 3
+    peak = peak_flops() * jax.local_device_count()
+    found = {
+        f"mfu/{phase}": float(n / (seconds[f"seconds/{phase}"] * peak))
+        for phase, n in flops.items()
+        if seconds.get(f"seconds/{phase}")
+    }
+    memory = peak_memory()
+    return found if memory is None else {**found, "hbm_peak_gib": memory / GIB}
 
 
 class CompileCounter:
@@ -258,9 +294,9 @@ def correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens) -> dict
 def over_hosts(metrics: dict) -> dict:
     """Returns a step's metrics of all processes together; all must call it.
 
-    Whole numbers are counts and are added up, as speeds are; of times and recompilations the most
-    counts. Other numbers are means over rows or groups, of which each process has equally many, or
-    MEANS_OVER some of them.
+    Whole numbers are counts and are added up, as speeds are; of times, memory and recompilations
+    the most counts. Other numbers are means over rows or groups, of which each process has equally
+    many, or MEANS_OVER some of them.
     """
     if jax.process_count() == 1:
         return metrics
@@ -268,7 +304,7 @@ def over_hosts(metrics: dict) -> dict:
     together = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
-        if key.startswith("seconds/") or key == "recompiles":
+        if key.startswith("seconds/") or key in ("recompiles", "hbm_peak_gib"):
             together[key] = max(values)
         elif key.startswith("tokens_per_s/") or isinstance(value, int):
             together[key] = sum(values)

@@ -423,8 +423,8 @@ def row(p: Program, chip: Chip, chips: int) -> dict[str, Any]:
 
     cost = p.cost
     return {
-        "hbm_gib": round(p.hbm / GIB, 2),
-        "resident_gib": round(p.resident / GIB, 2),
+        "hbm_gib": round(p.hbm / GIB, 4),
+        "resident_gib": round(p.resident / GIB, 4),
         "fits": p.fits,
         "flops": p.flops,
         "calls": p.calls,

@@ -28,14 +28,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from scope_jax import checkpoint
+from scope_jax import checkpoint, metrics
 from scope_jax.configlib import claim_workdir, load_config, one_line_errors
 from scope_jax.data import decode_completions, prompt_iterator
 from scope_jax.evaluate import evaluate_policy
 from scope_jax.hosts import join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
 from scope_jax.losses import assign_credit
-from scope_jax.metrics import CompileCounter, Timer, Writer, correction_metrics, mean_diversity
 from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, TrainBatch, TrainState
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
@@ -56,7 +55,7 @@ class Run(NamedTuple):
     teacher: Any  # None where nothing is repaired
     optimizer: Any
     ref_params: Any  # None unless kl_coef > 0
-    timer: Timer
+    timer: metrics.Timer
 
 
 @functools.partial(jax.jit, static_argnames="attempts")
@@ -168,9 +167,9 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     wrong = rows["rewards"] < solved_at
     counts["teacher/alignment_failed"] = unaligned
     plan = first_error, chosen, is_real
-    metrics = counts | correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
+    measured = counts | metrics.correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
-    return repaired, metrics, trace
+    return repaired, measured, trace
 
 
 def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
@@ -205,10 +204,10 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
             run.policy.model, run.optimizer, state, minis, ref_params=run.ref_params, **options
         )
         infos = jax.device_get(infos)
-    metrics = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
-    metrics["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
-    metrics["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
-    return state, metrics
+    measured = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
+    measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
+    measured["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
+    return state, measured
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -216,7 +215,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     """Runs the loop to `total_steps`; returns the last evaluation."""
-    compiles = CompileCounter()
+    compiles = metrics.CompileCounter()
     with shared_errors():
         policy, params = load_policy(config)
         problems, part = policy.problems("train"), host_part(policy.mesh)
@@ -228,7 +227,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         optimizer = make_optimizer(updates, **config.optimizer)
         ref_params = reference(params) if config.loss.kl_coef else None
         teacher = load_teacher(config, policy)
-    run = Run(policy, scorer, teacher, optimizer, ref_params, Timer())
+    run = Run(policy, scorer, teacher, optimizer, ref_params, metrics.Timer())
     on_first_host(claim_workdir, workdir, config)
 
     # Where to start: 1. the workdir's newest checkpoint; 2. model.path.
@@ -240,7 +239,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         start = int(state.step)
     if start >= config.total_steps:
         raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
-    writer = Writer(workdir, start)
+    writer = metrics.Writer(workdir, start)
     writer.say(describe(config, policy, params, start))
 
     seed_key, recompiles = jax.random.key(config.seed), 0
@@ -252,22 +251,23 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             records = next(data)
             on_device = replicate(np.int32(step), policy.mesh)
             keys = step_keys(seed_key, on_device, attempts=config.correct.attempts)
-            rows, metrics = sample(run, config, state.params, records, keys[0])
+            rows, measured = sample(run, config, state.params, records, keys[0])
             repaired, trace = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}, None
             if config.correct.n_correct:
                 repaired, corrections, trace = repair(run, config, rows, records, *keys[1:])
-                metrics |= corrections
+                measured |= corrections
             state, learnt = learn(run, config, state, repaired)
             state = dataclasses.replace(state, step=on_device)
         run.timer.seconds["step"] = time.perf_counter() - began
         recompiles += compiles.count - compiled if step > start + 1 else 0
         tokens = {"sample": rows["mask"].sum(), "update": repaired["mask"].sum()}
-        tokens["teach"] = metrics.get("teacher_tokens", 0)
-        metrics |= learnt | run.timer.flush(**tokens) | {"recompiles": recompiles}
+        speeds = run.timer.flush(**tokens, teach=measured.get("teacher_tokens", 0))
+        measured |= learnt | speeds | metrics.utilisation(policy.model, rows, repaired, speeds)
+        measured["recompiles"] = recompiles
         if step % config.log.diversity_every == 0:
             texts = decode_completions(policy.tokenizer, rows["ids"], rows["mask"])
-            metrics |= mean_diversity(texts, config.sample.group_size)
-        writer.step(step, metrics)
+            measured |= metrics.mean_diversity(texts, config.sample.group_size)
+        writer.step(step, measured)
         if step % config.log.rollouts_every == 0:
             groups = config.log.rollout_groups
             writer.rollouts(step, rows, trace, records, policy.tokenizer, groups=groups)

@@ -43,7 +43,7 @@ def rows(workdir) -> list[dict]:
 
 def training_rows(workdir) -> list[dict]:
     """Rows of training steps without wall-clock fields."""
-    clock = ("seconds/", "tokens_per_s/")
+    clock = ("seconds/", "tokens_per_s/", "mfu/")
     kept = [row for row in rows(workdir) if "loss" in row]
     return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in kept]
 
@@ -325,7 +325,11 @@ def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, 
     unread = []
     with_prm = gsm8k_options(language_model, f"--config.prm.path={language_model / 'prm'}")
     for number, (name, options) in enumerate(
-        [(WORKSHEET, []), ("gsm8k_smollm2:runlocal", with_prm)]
+        [
+            (WORKSHEET, []),
+            ("gsm8k_smollm2:runlocal", with_prm),
+            ("openr1_qwen7b:runlocal", ["--config.mesh.fsdp=4", "--config.mesh.decode_model=2"]),
+        ]
     ):
         config = load_config(name, options)
         reads = Reads(monkeypatch)
@@ -336,6 +340,23 @@ def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, 
     assert set.intersection(*unread) <= {"method"}, "these keys do nothing"
     idle = {"teacher.path", "teacher.temperature", "teacher.top_p", "prm.max_length"}
     assert set.union(*unread) <= {"method"} | idle
+
+
+def test_a_mesh_of_its_own_for_sampling_changes_no_token_and_no_loss(tmp_path):
+    kept = {}
+    for size in (0, 2):
+        workdir = tmp_path / str(size)
+        run(workdir, "--config.mesh.fsdp=4", f"--config.mesh.decode_model={size}")
+        texts = [json.loads(x) for x in (workdir / "rollouts/step_000002.jsonl").open()]
+        kept[size] = [row["completion"] for row in texts], training_rows(workdir)
+    assert kept[0][0] == kept[2][0]
+    for one, other in zip(kept[0][1], kept[2][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_utilisation_is_written_for_every_step(scope_run):
+    for row in (row for row in rows(scope_run[0]) if "loss" in row):
+        assert 0 < row["mfu/update"] < 1 and 0 < row["mfu/sample"] < 1
 
 
 def test_a_random_prm_head_says_so(tmp_path, language_model, capsys):

@@ -389,17 +389,27 @@ def test_tokens_out_of_the_loss_have_no_gradient_of_their_own():
 # --- Meshes -----------------------------------------------------------------------------------
 
 
-def test_eight_devices_and_micro_batches_give_one_devices_update():
-    params, batch = transformer_params(), random_batch(0)
+SPLITS = [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "x".join(map(str, split)))
+def test_any_split_of_eight_devices_gives_one_devices_update(split, group_size):
+    """Of micro-batches too, where the mesh leaves enough rows for two."""
+    params = transformer_params()
+    batch = random_batch(0) if group_size == 1 else grouped_batch(group_size)
     want, want_info = gradient(TRANSFORMER, params, batch)
 
-    mesh = make_mesh(data=2, fsdp=2, model=2)
+    data, fsdp, model = split
+    parts = 2 if len(batch.advantages) % (2 * data * fsdp * group_size) == 0 else 1
+    mesh = make_mesh(data=data, fsdp=fsdp, model=model)
     places = shardings(declare(TRANSFORMER.config), mesh)
     placed = jax.device_put(params, places)
     state = TrainState(placed, SGD.init(placed), replicate(np.int32(0), mesh))
     state, info = train_step(
-        TRANSFORMER, SGD, state, put_batch(batch, mesh), micro_batches=2, **LOSS
-    )
+        TRANSFORMER, SGD, state, put_batch(batch, mesh), micro_batches=parts,
+        group_size=group_size, **LOSS,
+    )  # fmt: skip
     moved = jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
     chex.assert_trees_all_close(moved, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(info["loss"], want_info["loss"], rtol=1e-5, atol=1e-6)
