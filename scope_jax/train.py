@@ -40,10 +40,10 @@ from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, Tra
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import decoding_layout, generate
-from scope_jax.sharding import host_part, own_rows, put_batch, put_parts, replicate
+from scope_jax.sharding import host_part, own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.steps import segment_steps
-from scope_jax.update import init_state, make_optimizer, reference, update_policy
+from scope_jax.update import init_state, make_optimizer, put_minis, reference, update_policy
 
 Rows = dict[str, Any]
 
@@ -199,7 +199,8 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     with run.timer("update"):
         options = {**config.learn, **config.loss, "temperature": config.sample.temperature}
         options |= {"group_size": slots, "max_length": config.sample.max_new_tokens}
-        minis = put_parts(batch, options.pop("mini_batches"), mesh)
+        packing = {"packing": options.pop("packing"), "micro_batches": options["micro_batches"]}
+        minis = put_minis(batch, options.pop("mini_batches"), mesh, **packing)
         state, infos = update_policy(
             run.policy.model, run.optimizer, state, minis, ref_params=run.ref_params, **options
         )
