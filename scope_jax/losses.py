@@ -428,7 +428,8 @@ def count_tokens(token_source, share=None) -> TokenCounts:
         a rollout.
     """
     in_loss = token_source != PAD
-    rollouts = in_loss.any(-1).sum() if share is None else jnp.round(share.sum())
+    # Whole numbers in every row: a sum over millions of shares would be off by more than one.
+    rollouts = in_loss.any(-1).sum() if share is None else jnp.round(share.sum(-1)).sum()
     sources = (token_source == POLICY).sum(), (token_source == TEACHER).sum()
     counts = rollouts, in_loss.sum(), *sources
     return TokenCounts(*(jnp.maximum(count, 1).astype(jnp.float32) for count in counts))

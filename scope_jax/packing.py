@@ -3,12 +3,13 @@
 Host arrays, numpy. Shapes: B, N, T as in records.py; R rows of L = N + T tokens.
 
     rollouts [B, N + T]                       rows [R, L]
-    . p p a a a . . .                         p p p p b b b b b
-    p p p p b b b b b          ->             p p a a a p c c .       segments 0 and 1, padding -1
-    . . . p c c . . .                         . . . . . . . . .       in no micro-batch that is read
+    . p p a a a . . .                         p p p b b b b b b       segment 0
+    p p p b b b b b b          ->             p p a a a p c c .       segments 0 and 1, padding -1
+    . . p c c . . . .                         . . . . . . . . .       nothing
 
 The update's micro-batches (its parts) are filled one after the other, and those left empty are not
 computed: what is saved comes in whole parts. Shapes stay, so lengths that change compile nothing.
+A prompt is read once a rollout, not once a group.
 """
 
 import numpy as np

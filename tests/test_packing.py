@@ -121,7 +121,7 @@ def test_first_fit_loses_nothing_and_takes_few_rows(lengths, capacity):
         room -= length
     assert len(rows) <= next_fit
     assert all(a + b > capacity for a, b in zip(filled, filled[1:], strict=False))
-    assert len(rows) <= 11 / 9 * fewest_rows(lengths, capacity) + 6 / 9 or len(lengths) > 6
+    assert len(rows) <= 11 / 9 * fewest_rows(lengths, capacity) + 6 / 9
 
 
 def fewest_rows(lengths, capacity):
@@ -305,6 +305,15 @@ def test_cudnn_has_no_segments(monkeypatch):
         jax.make_jaxpr(functools.partial(attend_context, segments=segments))(q, k, v, segments)
     )
     assert "cuda" not in text and "cudnn" not in text
+
+
+def test_auto_takes_the_tpu_kernel_for_packed_rows():
+    q, k, v, _ = attention_inputs(attention.SPLASH_MIN_LENGTH, 64)
+    positions, segments = packed_places(attention.SPLASH_MIN_LENGTH)
+    run = jax.jit(lambda *x: attend_context(*x, segments=segments))
+    for platform, kernel in (("tpu", True), ("cpu", False)):
+        lowered = run.trace(q, k, v, positions).lower(lowering_platforms=(platform,))
+        assert ("tpu_custom_call" in lowered.as_text()) is kernel
 
 
 def test_segments_go_with_no_cache():
