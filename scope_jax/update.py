@@ -188,6 +188,7 @@ def _read_by_group(model, params, batch, group_size: int):
 
 
 def count_batch(batch: TrainBatch | PackedBatch) -> TokenCounts:
+    """Returns what the losses and diagnostics of a batch, and of its parts, are divided by."""
     share = batch.share if isinstance(batch, PackedBatch) else None
     return count_tokens(batch.token_source, share)
 
@@ -486,7 +487,8 @@ def fill_logps(
     """Returns the batch with `field` recomputed under `params`; TEACHER tokens keep old_logps.
 
     Args:
-      parts: a packed batch is read in so many, those without a token not at all.
+      parts: so many are read one after the other, of a packed batch those after the last one with
+        a token not at all: log-probs there are 0.
     """
     options = {"group_size": group_size, "temperature": temperature, "chunk_size": chunk_size}
     if parts == 1:
@@ -499,35 +501,29 @@ def fill_logps(
             return logps.at[i].set(_logps(model, params, part, **options)[0])
 
         logps = jax.lax.fori_loop(0, turns, read, jnp.zeros(cut.old_logps.shape, jnp.float32))
-        logps = logps.swapaxes(0, 1).reshape(batch.old_logps.shape)
+        by_group = logps.reshape(parts, -1, group_size, logps.shape[-1])
+        logps = by_group.swapaxes(0, 1).reshape(batch.old_logps.shape)
     return dataclasses.replace(
         batch, **{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)}
     )
 
 
 def put_minis(
-    batch: TrainBatch,
-    mini_batches: int,
-    mesh,
-    *,
-    packing: bool,
-    micro_batches: int,
-    pad_id: int = 0,
+    batch: TrainBatch, mini_batches: int, mesh, *, packing: bool, micro_batches: int
 ) -> list:
-    """Cuts a step's rollouts into mini-batches on the mesh, packed ones with `packing`.
+    """Cuts a step's rollouts into mini-batches on the mesh; `packing` makes them `PackedBatch`es.
 
-    Several processes exchange rows to have the mini-batches of one process; each then packs its own
-    rows of each mini-batch, so that no padding is saved across processes.
+    Several processes exchange rows to have the mini-batches of one process. Each then packs its own
+    rows of a mini-batch into as many rows: all compute the parts that the fullest one needs.
 
     Args:
       batch: host arrays of this process's rollouts.
-      micro_batches: `train_step`'s.
-      pad_id: of packed ids.
+      micro_batches: `train_step`'s, which the packed rows are laid out for.
     """
     minis = put_parts(batch, mini_batches, mesh)
     if not packing:
         return minis
     own = [own_rows(mini, mesh) for mini in minis]
     size = len(own[0].advantages) // micro_batches
-    pack_one = functools.partial(pack, rows_per_part=size, parts=micro_batches, pad_id=pad_id)
-    return [put_batch(pack_one(mini), mesh) for mini in own]
+    packed = [pack(mini, rows_per_part=size, parts=micro_batches) for mini in own]
+    return [put_batch(mini, mesh) for mini in packed]

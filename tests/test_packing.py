@@ -32,6 +32,7 @@ from scope_jax.sharding import make_mesh, put_batch, shardings
 from scope_jax.train import train
 from scope_jax.update import (
     completion_logps,
+    fill_logps,
     init_state,
     packed_logps,
     put_minis,
@@ -500,6 +501,21 @@ def test_recomputed_log_probs_skip_parts_without_a_token():
     )
     jax.effects_barrier()
     assert len(FORWARDS) == 2 * turns
+
+
+def test_log_probs_filled_in_parts_are_those_of_the_whole():
+    batch = random_batch(0)
+    for prompts in (batch.prompt_ids, batch.prompt_mask):
+        prompts[1::2] = prompts[::2]
+    options = {"temperature": 0.7, "chunk_size": 32, "field": "old_logps"}
+    for rows, group_size in ((batch, 2), (packed(batch), 1)):
+        want, found = (
+            fill_logps(MODEL, PARAMS, rows, parts=parts, group_size=group_size, **options)
+            for parts in (1, 4)
+        )
+        policy = rows.token_source == POLICY
+        got = np.asarray(found.old_logps)[policy]
+        np.testing.assert_allclose(got, np.asarray(want.old_logps)[policy], rtol=0, atol=1e-5)
 
 
 def test_other_lengths_compile_nothing(caplog):
