@@ -30,6 +30,7 @@ def parse(description: str, *, new_tokens: int, argv=None) -> argparse.Namespace
     add("--len-sigma", type=float, default=1.0, help="of the log-normal lengths")
     add("--slots", type=int, help="rows in flight; default P * G")
     add("--micro", type=int, help="rows whose gradients exist at once; default all")
+    add("--pack", action="store_true", help="W2 with a long tail, packed and not")
     add("--lr", type=float, default=1e-6)
     add("--remat", choices=["none", "attention", "full"], default="none")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -60,13 +61,20 @@ def make_work(args, workload: str) -> dict[str, np.ndarray]:
         work["advantages"] = rng.standard_normal(args.B).astype(np.float32)
         around_uniform = -np.log(args.vocab) + 0.1 * rng.standard_normal(shape)
         work["old_logp"] = around_uniform.astype(np.float32)
+    if workload == "W2" and args.pack:  # not the peers' work: lengths, and a prompt for G rows
+        work["prompts"] = np.repeat(work["prompts"][:: args.G], args.G, axis=0)
+        work["lengths"] = _long_tail(args, rng, args.B)
     if workload == "W1":
         work["lengths"] = np.full(rows, args.new_tokens, np.int64)
     if workload == "W4":
-        drawn = np.rint(rng.lognormal(np.log(args.len_median), args.len_sigma, rows))
-        shortest = min(8, args.new_tokens)
-        work["lengths"] = np.clip(drawn, shortest, args.new_tokens).astype(np.int64)
+        work["lengths"] = _long_tail(args, rng, rows)
     return work
+
+
+def _long_tail(args, rng, rows: int) -> np.ndarray:
+    """Log-normal lengths, from 8 (or fewer, if all are) to `new_tokens`."""
+    drawn = np.rint(rng.lognormal(np.log(args.len_median), args.len_sigma, rows))
+    return np.clip(drawn, min(8, args.new_tokens), args.new_tokens).astype(np.int64)
 
 
 def work_hash(work) -> str:

@@ -7,6 +7,7 @@ probability (https://arxiv.org/abs/2504.14945) on tokens that a teacher wrote, D
 """
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -291,6 +292,13 @@ def loss_denominator(mask, loss_agg):
     return jnp.maximum(mask.sum() if loss_agg == "token-mean" else rows, 1).astype(jnp.float32)
 
 
+def _check_aggregation(loss_agg) -> None:
+    if loss_agg not in LOSS_AGGREGATIONS:
+        raise InputError(
+            f"loss_agg must be one of {', '.join(LOSS_AGGREGATIONS)}, got {loss_agg!r}"
+        )
+
+
 def aggregate(values, mask, loss_agg, max_length):
     """Reduces per-token values to a scalar.
 
@@ -303,10 +311,7 @@ def aggregate(values, mask, loss_agg, max_length):
     Returns:
       [] float32.
     """
-    if loss_agg not in LOSS_AGGREGATIONS:
-        raise InputError(
-            f"loss_agg must be one of {', '.join(LOSS_AGGREGATIONS)}, got {loss_agg!r}"
-        )
+    _check_aggregation(loss_agg)
     sums = jnp.where(mask, values, 0.0).sum(-1)  # [B]
     if loss_agg == "seq-mean-token-sum-norm":
         sums = sums / max_length
@@ -346,6 +351,24 @@ def policy_loss(
     Returns:
       ([] float32, dict of [] float32 diagnostics).
     """
+    losses, by_token = token_losses(
+        logps, old_logps, advantages, token_source, clip_low=clip_low, clip_high=clip_high,
+        off_policy=off_policy, gamma=gamma,
+    )  # fmt: skip
+    loss = aggregate(losses, token_source != PAD, loss_agg, max_length or logps.shape[1])
+    return loss, summarize(by_token, token_source, count_tokens(token_source))
+
+
+def token_losses(
+    logps, old_logps, advantages, token_source, *, clip_low, clip_high, off_policy, gamma
+):
+    """Returns `policy_loss`'s terms: the loss of each token, and what `summarize` reads.
+
+    Args: see `policy_loss`.
+    Returns:
+      ([B, T] float32, finite and without meaning at PAD where the advantage there is finite; dict
+      of [B, T]).
+    """
     if off_policy not in OFF_POLICY:
         raise InputError(f"off_policy must be one of {', '.join(OFF_POLICY)}, got {off_policy!r}")
     chex.assert_rank([logps, old_logps, token_source], 2)
@@ -375,23 +398,82 @@ def policy_loss(
         teacher_loss = -jnp.clip(ratio, 0.0, 2.0) * advantages
     else:
         teacher_loss = -jnp.where(teacher, safe_logps, 0.0)
-    loss = aggregate(
-        jnp.where(teacher, teacher_loss, on_policy_loss),
-        mask,
-        loss_agg,
-        max_length or logps.shape[1],
-    )
+    cut = clipped * advantages < ratio * advantages
+    by_token = {"ratio": ratio, "log_ratio": log_ratio, "cut": cut, "prob": prob}
+    return jnp.where(teacher, teacher_loss, on_policy_loss), by_token
 
-    mean_over = lambda where, x: jnp.where(where, x, 0.0).sum() / jnp.maximum(where.sum(), 1)  # noqa: E731
-    cut = (clipped * advantages < ratio * advantages) & policy
-    return loss, {
-        "ratio_mean": mean_over(policy, ratio),
+
+class TokenCounts(NamedTuple):
+    """What means over tokens and rollouts divide by, [] float32 each and at least 1."""
+
+    rollouts: jax.Array  # with a token in the loss
+    in_loss: jax.Array  # tokens
+    policy: jax.Array
+    teacher: jax.Array
+
+
+def token_share(mask):
+    """Returns 1 / (tokens in the loss of a token's row), [B, T] float32, 0 where the mask of tokens
+    in the loss is False: a row with any adds up to 1.
+    """
+    return mask / jnp.maximum(mask.sum(-1, keepdims=True), 1).astype(jnp.float32)
+
+
+def count_tokens(token_source, share=None) -> TokenCounts:
+    """Counts a batch's tokens by who wrote them, and its rollouts.
+
+    Args:
+      token_source: [B, T] int8.
+      share: [B, T] float32, `token_share`'s, of packed rows that of their rollouts; None: a row is
+        a rollout.
+    """
+    in_loss = token_source != PAD
+    # Whole numbers in every row: a sum over millions of shares would be off by more than one.
+    rollouts = in_loss.any(-1).sum() if share is None else jnp.round(share.sum(-1)).sum()
+    sources = (token_source == POLICY).sum(), (token_source == TEACHER).sum()
+    counts = rollouts, in_loss.sum(), *sources
+    return TokenCounts(*(jnp.maximum(count, 1).astype(jnp.float32) for count in counts))
+
+
+def token_weights(share, counts: TokenCounts, loss_agg, max_length):
+    """Returns the weight of each token, so that `aggregate` is the sum of weight * value.
+
+    Args:
+      share: [B, T] float32, see `token_share`; of a part of a batch, or of all of it.
+      counts: of the whole batch: the parts' sums then add up to its loss.
+      loss_agg, max_length: see `aggregate`.
+    Returns:
+      [B, T] float32, 0 where a token is in no loss.
+    """
+    _check_aggregation(loss_agg)
+    in_loss = (share > 0).astype(jnp.float32)
+    if loss_agg == "seq-mean-token-sum-norm":
+        return in_loss / (max_length * counts.rollouts)
+    if loss_agg == "seq-mean-token-mean":
+        return share / counts.rollouts
+    return in_loss / counts.in_loss
+
+
+def summarize(by_token, token_source, counts: TokenCounts):
+    """Returns the diagnostics of `policy_loss`, dict of [] float32.
+
+    Args:
+      by_token: from `token_losses`.
+      token_source: [B, T] int8.
+      counts: what the means divide by. Those of a whole batch make a part's diagnostics its share,
+        to be added up (of `log_ratio_max`: to take the largest).
+    """
+    policy, teacher = token_source == POLICY, token_source == TEACHER
+    total = lambda where, x: jnp.where(where, x, 0.0).sum()  # noqa: E731
+    ratio, log_ratio = by_token["ratio"], by_token["log_ratio"]
+    return {
+        "ratio_mean": total(policy, ratio) / counts.policy,
         # Before the first update of a step this is the sampler against the trainer.
         "log_ratio_max": jnp.max(jnp.where(policy, jnp.abs(log_ratio), 0.0)),
-        "clip_fraction": mean_over(policy, cut),
-        "approx_kl": mean_over(policy, ratio - 1.0 - log_ratio),
-        "teacher_prob_mean": mean_over(teacher, prob),
-        "teacher_token_share": mean_over(mask, teacher),
+        "clip_fraction": total(policy, by_token["cut"]) / counts.policy,
+        "approx_kl": total(policy, ratio - 1.0 - log_ratio) / counts.policy,
+        "teacher_prob_mean": total(teacher, by_token["prob"]) / counts.teacher,
+        "teacher_token_share": total(teacher, 1.0) / counts.in_loss,
     }
 
 

@@ -114,6 +114,8 @@ def default_config() -> ConfigDict:
             "learn": {
                 "mini_batches": 2,  # optimizer updates per training step
                 "micro_batches": 1,  # parts that a mini-batch's gradient is summed over
+                # rollouts of unequal length share rows; saves whole micro-batches, so have several
+                "packing": False,
                 # | "recompute": one forward of the trainer before the updates
                 "old_logps": "sampler",
                 # with "recompute": a policy token's advantage times min(pi_old / sampler's, 2)

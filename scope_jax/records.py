@@ -9,6 +9,7 @@ U   tokens of a teacher's continuation
 S   reasoning steps of a completion
 V   vocabulary entries
 D   embedding width
+R   packed rows of L = N + T tokens
 
 Masks are bool, True on real entries. Where a mask is False ids are `pad_id`, log-probs and step
 ends are 0.
@@ -111,6 +112,23 @@ class TrainBatch:
     old_logps: Array  # [B, T] float32
     advantages: Array  # [B, T] float32
     ref_logps: Array | None = None  # [B, T] float32, only with kl_coef > 0
+
+
+@struct.dataclass
+class PackedBatch:
+    """A `TrainBatch` without most of its padding: several rollouts in a row, each a segment of its
+    prompt and completion; see packing.py. What describes a token stands beside it: the hidden state
+    at t - 1 predicts the token at t. A segment's first token is a prompt's, and so in no loss.
+    """
+
+    ids: Array  # [R, L] int32
+    positions: Array  # [R, L] int32, from 0 in every segment, -1 on padding
+    segments: Array  # [R, L] int32, number of the rollout in its row, -1 on padding
+    token_source: Array  # [R, L] int8, PAD where the token is in no loss
+    old_logps: Array  # [R, L] float32
+    advantages: Array  # [R, L] float32
+    share: Array  # [R, L] float32, 1 / (tokens in the loss of its rollout), 0 where in no loss
+    ref_logps: Array | None = None  # [R, L] float32, only with kl_coef > 0
 
 
 @struct.dataclass

@@ -155,6 +155,10 @@ def check_options(config: ConfigDict, mesh) -> None:
         raise InputError(
             "learn.is_weights needs learn.old_logps=recompute: what would it weigh by?"
         )
+    if config.learn.packing and config.learn.micro_batches == 1:
+        raise InputError(
+            "learn.packing saves whole micro-batches: set learn.micro_batches above 1 with it"
+        )
     appended = config.correct.n_correct if config.correct.insert == "append" else 0
     slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
     rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]

@@ -39,10 +39,10 @@ from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, Tra
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import decoding_layout, generate
-from scope_jax.sharding import host_part, own_rows, put_batch, put_parts, replicate
+from scope_jax.sharding import host_part, own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.steps import segment_steps
-from scope_jax.update import init_state, make_optimizer, reference, update_policy
+from scope_jax.update import init_state, make_optimizer, put_minis, reference, update_policy
 
 Rows = dict[str, Any]
 
@@ -71,10 +71,9 @@ def step_keys(seed_key, step, attempts):
 
 def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, dict]:
     """Samples a group of completions for each problem and verifies them."""
-    policy = run.policy
+    policy, mesh = run.policy, run.policy.decode_mesh
     with run.timer("sample"):
         prompts = policy.tokenize(records)
-        mesh = policy.decode_mesh
         prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), mesh)
         options = {k: v for k, v in config.sample.items() if k != "stop"} | policy.ends
         layout = decoding_layout(policy.model, params, mesh, int8=options.pop("int8"))
@@ -199,7 +198,8 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     with run.timer("update"):
         options = {**config.learn, **config.loss, "temperature": config.sample.temperature}
         options |= {"group_size": slots, "max_length": config.sample.max_new_tokens}
-        minis = put_parts(batch, options.pop("mini_batches"), mesh)
+        packing = {"packing": options.pop("packing"), "micro_batches": options["micro_batches"]}
+        minis = put_minis(batch, options.pop("mini_batches"), mesh, **packing)
         state, infos = update_policy(
             run.policy.model, run.optimizer, state, minis, ref_params=run.ref_params, **options
         )

@@ -10,11 +10,30 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.hardware import update_compiler_options
-from scope_jax.losses import aggregate, kl_penalty, loss_denominator, policy_loss, token_logps
+from scope_jax.losses import (
+    TokenCounts,
+    count_tokens,
+    kl_penalty,
+    summarize,
+    token_logps,
+    token_losses,
+    token_share,
+    token_weights,
+)
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.lora import join_frozen, split_frozen
 from scope_jax.models.transformer import Transformer
-from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, TrainState
+from scope_jax.packing import pack
+from scope_jax.records import (
+    PAD,
+    POLICY,
+    TEACHER,
+    InputError,
+    PackedBatch,
+    TrainBatch,
+    TrainState,
+)
+from scope_jax.sharding import own_rows, put_batch, put_parts
 
 IS_CAP = 2.0  # of `correct_for_sampler`'s weights
 
@@ -132,6 +151,25 @@ def completion_logps(model, params, batch, *, group_size=1, temperature=1.0, chu
     )  # fmt: skip
 
 
+def packed_logps(model, params, batch: PackedBatch, *, temperature=1.0, chunk_size=1024):
+    """Returns (logps [R, L], entropy [R, L]) of packed tokens; those of a segment's first token and
+    of padding mean nothing.
+    """
+    hidden, _ = model(params, batch.ids, positions=batch.positions, segments=batch.segments)
+    # The short arrays are moved, not the hidden states; the last column's lands on the first token.
+    found = token_logps(
+        hidden, model.unembed(params), jnp.roll(batch.ids, -1, axis=1), temperature=temperature,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    return tuple(jnp.roll(x, 1, axis=1) for x in found)
+
+
+def _logps(model, params, batch, *, group_size, **options):
+    if isinstance(batch, PackedBatch):
+        return packed_logps(model, params, batch, **options)
+    return completion_logps(model, params, batch, group_size=group_size, **options)
+
+
 def _read_by_group(model, params, batch, group_size: int):
     """Returns the hidden states [B, T, D] that predict the completions; each prompt is read once.
 
@@ -150,11 +188,18 @@ def _read_by_group(model, params, batch, group_size: int):
     return jnp.concatenate([first, hidden[:, :-1]], axis=1)
 
 
+def count_batch(batch: TrainBatch | PackedBatch) -> TokenCounts:
+    """Returns what the losses and diagnostics of a batch, and of its parts, are divided by."""
+    share = batch.share if isinstance(batch, PackedBatch) else None
+    return count_tokens(batch.token_source, share)
+
+
 def batch_loss(
     params,
     model,
-    batch: TrainBatch,
+    batch: TrainBatch | PackedBatch,
     *,
+    counts: TokenCounts | None = None,
     group_size=1,
     temperature=1.0,
     clip_low=0.2,
@@ -167,35 +212,42 @@ def batch_loss(
     kl_coef=0.0,
     chunk_size=1024,
 ):
-    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL."""
-    logps, entropy = completion_logps(
+    """Returns (loss [], diagnostics): policy loss - entropy_coef * entropy + kl_coef * KL.
+
+    Args:
+      counts: of the batch that this one is a part of, `count_batch`'s: the parts' losses, gradients
+        and diagnostics (but `log_ratio_max`) then add up to the whole's. None: of this one.
+      max_length: L_max; default T. Packed rows do not know T: they need it for the default
+        `loss_agg`.
+    """
+    packed = isinstance(batch, PackedBatch)
+    if packed and not max_length and loss_agg == "seq-mean-token-sum-norm":
+        raise InputError(f"packed rows need max_length with loss_agg={loss_agg}")
+    logps, entropy = _logps(
         model, params, batch, group_size=group_size, temperature=temperature,
         chunk_size=chunk_size,
     )  # fmt: skip
-    max_length = max_length or logps.shape[1]
     in_loss = batch.token_source != PAD
-    loss, info = policy_loss(
-        logps,
-        batch.old_logps,
-        batch.advantages,
-        batch.token_source,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        off_policy=off_policy,
-        gamma=gamma,
-        loss_agg=loss_agg,
-        max_length=max_length,
-    )
-    info["policy_loss"] = loss
-    info["entropy"] = jnp.where(in_loss, entropy, 0.0).sum() / jnp.maximum(in_loss.sum(), 1)
+    counts = counts or count_batch(batch)
+    share = batch.share if packed else token_share(in_loss)
+    weights = token_weights(share, counts, loss_agg, max_length or logps.shape[1])
+    weighed = lambda values: (weights * jnp.where(in_loss, values, 0.0)).sum()  # noqa: E731
+    mean = lambda values: jnp.where(in_loss, values, 0.0).sum() / counts.in_loss  # noqa: E731
+    losses, by_token = token_losses(
+        logps, batch.old_logps, batch.advantages, batch.token_source, clip_low=clip_low,
+        clip_high=clip_high, off_policy=off_policy, gamma=gamma,
+    )  # fmt: skip
+    loss = weighed(losses)
+    info = summarize(by_token, batch.token_source, counts)
+    info |= {"policy_loss": loss, "entropy": mean(entropy)}
     if entropy_coef:
-        loss -= entropy_coef * aggregate(entropy, in_loss, loss_agg, max_length)
+        loss -= entropy_coef * weighed(entropy)
     if kl_coef:
         if batch.ref_logps is None:
             raise InputError("kl_coef > 0 needs ref_logps in the batch")
         kl = kl_penalty(logps, batch.ref_logps, batch.token_source)
-        info["kl"] = jnp.where(in_loss, kl, 0.0).sum() / jnp.maximum(in_loss.sum(), 1)
-        loss += kl_coef * aggregate(kl, in_loss, loss_agg, max_length)
+        info["kl"] = mean(kl)
+        loss += kl_coef * weighed(kl)
     return loss, info
 
 
@@ -233,7 +285,7 @@ def reference(params):
 
 
 def train_step(
-    model, optimizer, state: TrainState, batch: TrainBatch, **options
+    model, optimizer, state: TrainState, batch: TrainBatch | PackedBatch, **options
 ) -> tuple[TrainState, dict]:
     """One optimizer update on a batch.
 
@@ -242,20 +294,24 @@ def train_step(
       optimizer: from `make_optimizer`.
       state: donated, but for a LoRA model's base, which stays what and where it is; the new one
         lies where it lay.
-      batch: B rows, B a multiple of `micro_batches`.
+      batch: B rows, B a multiple of `micro_batches`; packed ones for so many parts.
       options: `micro_batches` (default 1): gradients are summed over this many parts of the batch,
-        each weighted by its share of the loss denominator, so the sum is the full batch's gradient
-        whatever the aggregation. `group_size` (default 1): rows of a prompt, see
-        `completion_logps`; a part holds whole groups. The others are `batch_loss`'s.
+        to the full batch's gradient whatever the aggregation. Of a packed batch those after the
+        last one with a token are not computed. `group_size` (default 1; of a packed batch 1): rows
+        of a prompt, see `completion_logps`; a part holds whole groups. The others are
+        `batch_loss`'s.
     Returns:
-      (new state, dict of [] float32: loss, grad_norm, update_norm and `batch_loss`'s diagnostics).
+      (new state, dict of [] float32: loss, grad_norm, update_norm, `batch_loss`'s diagnostics, and
+      update/padding: which share of the positions that were computed is padding).
     """
     step_fn, state, frozen = _step_for(state, batch, options)
     state, info = step_fn(model, optimizer, state, frozen, batch, **options)
     return dataclasses.replace(state, params=join_frozen(state.params, frozen)), info
 
 
-def lower_train_step(model, optimizer, state: TrainState, batch: TrainBatch, **options):
+def lower_train_step(
+    model, optimizer, state: TrainState, batch: TrainBatch | PackedBatch, **options
+):
     """Returns `train_step` lowered (`jax.stages.Lowered`), for a state and a batch of arrays or of
     shapes with shardings.
     """
@@ -263,10 +319,12 @@ def lower_train_step(model, optimizer, state: TrainState, batch: TrainBatch, **o
     return step_fn.lower(model, optimizer, state, frozen, batch, **options)
 
 
-def _step_for(state: TrainState, batch: TrainBatch, options):
+def _step_for(state: TrainState, batch: TrainBatch | PackedBatch, options):
     """Returns (the jitted update, its state, the params that it only reads)."""
     rows, parts = batch.advantages.shape[0], options.get("micro_batches", 1)
     size = options.get("group_size", 1)
+    if size > 1 and isinstance(batch, PackedBatch):
+        raise InputError(f"packed rows have no groups: group_size must be 1, got {size}")
     if parts < 1 or rows % (parts * size):
         groups = f" of groups of {size}" if size > 1 else ""
         raise InputError(f"{rows} rows do not divide into {parts} micro-batches{groups}")
@@ -297,40 +355,29 @@ def _compiled_step(places, treedef):
 
 
 def _train_step(
-    model, optimizer, state, frozen, batch, *, micro_batches=1, group_size=1,
-    loss_agg="seq-mean-token-sum-norm", **loss_options,
-):  # fmt: skip
-    def loss_fn(trained, *args, **options):
-        return batch_loss(join_frozen(trained, frozen), *args, **options)
+    model, optimizer, state, frozen, batch, *, micro_batches=1, group_size=1, **loss_options
+):
+    def loss_fn(trained, part):
+        return batch_loss(join_frozen(trained, frozen), model, part, **options)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    options = {"group_size": group_size, "loss_agg": loss_agg, **loss_options}
+    options = {"counts": count_batch(batch), "group_size": group_size, **loss_options}
+    turns = micro_batches
     if micro_batches == 1:
-        (loss, info), grads = grad_fn(state.params, model, batch, **options)
+        (loss, info), grads = grad_fn(state.params, batch)
     else:
-        # Interleaved groups, so that every part still lies on every shard of the batch axis.
-        def interleave(x):
-            parts = x.reshape(-1, micro_batches, group_size, *x.shape[1:]).swapaxes(0, 1)
-            return parts.reshape(micro_batches, -1, *x.shape[1:])
+        parts, turns = _in_parts(batch, micro_batches, group_size)
 
-        parts = jax.tree.map(interleave, batch)
-        total = loss_denominator(batch.token_source != PAD, loss_agg)
+        def accumulate(i, carry):
+            new = grad_fn(state.params, jax.tree.map(lambda x: x[i], parts))
+            (loss, info), grads = jax.tree.map(jnp.add, carry, new)
+            largest = jnp.maximum(carry[0][1]["log_ratio_max"], new[0][1]["log_ratio_max"])
+            return (loss, info | {"log_ratio_max": largest}), grads
 
-        def accumulate(carry, part):
-            mask = part.token_source != PAD
-            share = jnp.where(mask.any(), loss_denominator(mask, loss_agg), 0.0) / total
-            (loss, info), grads = grad_fn(state.params, model, part, **options)
-            summed = jax.tree.map(
-                lambda total, new: total + share * new, carry, (grads, loss, info)
-            )
-            largest = jnp.maximum(carry[2]["log_ratio_max"], info["log_ratio_max"])
-            return (*summed[:2], summed[2] | {"log_ratio_max": largest}), None
-
-        shapes = jax.eval_shape(
-            lambda: grad_fn(state.params, model, jax.tree.map(lambda x: x[0], parts), **options)
-        )
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], *shapes[0]))
-        (grads, loss, info), _ = jax.lax.scan(accumulate, zeros, parts)
+        shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (loss, info), grads = jax.lax.fori_loop(0, turns, accumulate, zeros)
+    info["update/padding"] = _padding(batch, turns / micro_batches, group_size)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {
@@ -353,14 +400,42 @@ def groups_stay_whole(by_row, group_size: int, micro_batches: int) -> bool:
     return rows % (micro_batches * group_size * shards) == 0
 
 
+def _in_parts(batch, parts: int, group_size: int = 1):
+    """Returns (the batch's arrays as [parts, B / parts, ..], how many parts are to be computed).
+
+    Interleaved groups, so that every part still lies on every shard of the batch axis.
+    """
+
+    def interleave(x):
+        x = x.reshape(-1, parts, group_size, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, -1, *x.shape[3:])
+
+    cut = jax.tree.map(interleave, batch)
+    if not isinstance(batch, PackedBatch):
+        return cut, parts
+    holds_tokens = (cut.positions >= 0).any((1, 2))
+    return cut, jnp.where(holds_tokens, jnp.arange(1, parts + 1), 0).max()
+
+
+def _padding(batch, computed, group_size: int):
+    """Returns the share of padding among the positions of a batch, of which a share is computed."""
+    if isinstance(batch, PackedBatch):
+        real = (batch.positions >= 0).mean()
+        return (computed - real) / jnp.maximum(computed, 1e-9)  # of nothing: 0
+    prompts, completions = batch.prompt_mask, batch.completion_mask
+    real = prompts.sum() / group_size + completions.sum()
+    return 1 - real / (prompts.size / group_size + completions.size)
+
+
 def update_policy(
-    model, optimizer, state: TrainState, minis: list[TrainBatch], *, old_logps="sampler",
+    model, optimizer, state: TrainState, minis, *, old_logps="sampler",
     is_weights=False, ref_params=None, group_size=1, temperature=1.0, chunk_size=1024, **options,
 ):  # fmt: skip
     """Takes one optimizer update per mini-batch.
 
     Args:
-      minis: mini-batches on the device, sampled under the weights of `state`.
+      minis: list of mini-batches on the device, packed or not, sampled under the weights of
+        `state`.
       old_logps: "sampler" takes pi_old from the batch; "recompute" from one forward of `state`'s
         weights, for POLICY tokens (a teacher's log-probs stay), before the first update; `logp_gap`
         in the diagnostics is then the largest |recomputed - sampler's|.
@@ -368,7 +443,7 @@ def update_policy(
         policy (eight bits, another layout).
       ref_params: of the KL's reference; needed with kl_coef > 0.
       group_size: so many neighbouring rows have one prompt, which is then read once, where
-        `groups_stay_whole`.
+        `groups_stay_whole` and the rows are not packed.
       options: `train_step`'s.
     Returns:
       (new state, list of the updates' diagnostics, on the device).
@@ -377,26 +452,24 @@ def update_policy(
         raise InputError(f'old_logps must be "sampler" or "recompute", got {old_logps!r}')
     if is_weights and old_logps != "recompute":
         raise InputError('is_weights needs old_logps="recompute": there is nothing to weigh by')
-    if not groups_stay_whole(minis[0].advantages, group_size, options.get("micro_batches", 1)):
+    packed, parts = isinstance(minis[0], PackedBatch), options.get("micro_batches", 1)
+    if packed or not groups_stay_whole(minis[0].advantages, group_size, parts):
         group_size = 1
     settings = {
         "group_size": group_size, "temperature": temperature, "chunk_size": chunk_size
     }  # fmt: skip
+    fill = functools.partial(fill_logps, model, parts=parts if packed else 1, **settings)
     about_sampler: list[dict] = [{} for _ in minis]
     if old_logps == "recompute":
         of_sampler = [mini.old_logps for mini in minis]
-        minis = [
-            fill_logps(model, state.params, mini, field="old_logps", **settings) for mini in minis
-        ]
+        minis = [fill(state.params, mini, field="old_logps") for mini in minis]
         corrected = [
             correct_for_sampler(mini, logps, weigh=is_weights)
             for mini, logps in zip(minis, of_sampler, strict=True)
         ]
         minis, about_sampler = [list(part) for part in zip(*corrected, strict=True)]
     if ref_params is not None:
-        minis = [
-            fill_logps(model, ref_params, mini, field="ref_logps", **settings) for mini in minis
-        ]
+        minis = [fill(ref_params, mini, field="ref_logps") for mini in minis]
     infos = []
     for mini, about in zip(minis, about_sampler, strict=True):
         state, info = train_step(model, optimizer, state, mini, **settings, **options)
@@ -406,8 +479,8 @@ def update_policy(
 
 @functools.partial(jax.jit, static_argnames="weigh")
 def correct_for_sampler(
-    batch: TrainBatch, sampler_logps, *, weigh: bool = True
-) -> tuple[TrainBatch, dict]:
+    batch: TrainBatch | PackedBatch, sampler_logps, *, weigh: bool = True
+) -> tuple[TrainBatch | PackedBatch, dict]:
     """Weighs a batch's POLICY tokens by how much likelier the policy draws them than its sampler.
 
     The weight is truncated importance sampling's min(pi_old / pi_sampler, 2) (METHOD section 2, 9;
@@ -433,16 +506,52 @@ def correct_for_sampler(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "group_size", "temperature", "chunk_size", "field")
+    jax.jit, static_argnames=("model", "parts", "group_size", "temperature", "chunk_size", "field")
 )
 def fill_logps(
-    model, params, batch: TrainBatch, *, group_size=1, temperature, chunk_size, field
-) -> TrainBatch:
-    """Returns the batch with `field` recomputed under `params`; TEACHER tokens keep old_logps."""
-    logps, _ = completion_logps(
-        model, params, batch, group_size=group_size, temperature=temperature,
-        chunk_size=chunk_size,
-    )  # fmt: skip
+    model, params, batch: TrainBatch | PackedBatch, *, parts=1, group_size=1, temperature,
+    chunk_size, field,
+):  # fmt: skip
+    """Returns the batch with `field` recomputed under `params`; TEACHER tokens keep old_logps.
+
+    Args:
+      parts: so many are read one after the other, of a packed batch those after the last one with
+        a token not at all: log-probs there are 0.
+    """
+    options = {"group_size": group_size, "temperature": temperature, "chunk_size": chunk_size}
+    if parts == 1:
+        logps, _ = _logps(model, params, batch, **options)
+    else:
+        cut, turns = _in_parts(batch, parts, group_size)
+
+        def read(i, logps):
+            part = jax.tree.map(lambda x: x[i], cut)
+            return logps.at[i].set(_logps(model, params, part, **options)[0])
+
+        logps = jax.lax.fori_loop(0, turns, read, jnp.zeros(cut.old_logps.shape, jnp.float32))
+        by_group = logps.reshape(parts, -1, group_size, logps.shape[-1])
+        logps = by_group.swapaxes(0, 1).reshape(batch.old_logps.shape)
     return dataclasses.replace(
         batch, **{field: jnp.where(batch.token_source == TEACHER, batch.old_logps, logps)}
     )
+
+
+def put_minis(
+    batch: TrainBatch, mini_batches: int, mesh, *, packing: bool, micro_batches: int
+) -> list:
+    """Cuts a step's rollouts into mini-batches on the mesh; `packing` makes them `PackedBatch`es.
+
+    Several processes exchange rows to have the mini-batches of one process. Each then packs its own
+    rows of a mini-batch into as many rows: all compute the parts that the fullest one needs.
+
+    Args:
+      batch: host arrays of this process's rollouts.
+      micro_batches: `train_step`'s, which the packed rows are laid out for.
+    """
+    minis = put_parts(batch, mini_batches, mesh)
+    if not packing:
+        return minis
+    own = [own_rows(mini, mesh) for mini in minis]
+    size = len(own[0].advantages) // micro_batches
+    packed = [pack(mini, rows_per_part=size, parts=micro_batches) for mini in own]
+    return [put_batch(mini, mesh) for mini in packed]

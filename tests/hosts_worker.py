@@ -31,7 +31,7 @@ from scope_jax.sharding import (
     shardings,
 )
 from scope_jax.train import main as train_main
-from scope_jax.update import init_state, make_optimizer, update_policy
+from scope_jax.update import init_state, make_optimizer, put_minis, update_policy
 
 CONFIG = TransformerConfig(
     vocab_size=32, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32
@@ -53,8 +53,9 @@ def fixed_rollouts(rng: np.random.Generator) -> TrainBatch:
     )  # fmt: skip
 
 
-def loss_curve(mesh, steps: int = 3) -> list[float]:
+def loss_curve(mesh, steps: int = 3, *, packing: bool = False) -> list[float]:
     """Losses and gradient norms of two updates a step, on fixed rollouts."""
+    micro_batches = 2 if packing and mesh.shape["model"] > 1 else 1  # of 8 rows
     model, rng = Transformer(CONFIG), np.random.default_rng(0)
     params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
     part, parts = host_part(mesh)
@@ -67,9 +68,11 @@ def loss_curve(mesh, steps: int = 3) -> list[float]:
     state, found = init_state(optimizer, params), []
     for _ in range(steps):
         rows = jax.tree.map(lambda x: np.split(x, parts)[part], fixed_rollouts(rng))
+        minis = put_minis(rows, 2, mesh, packing=packing, micro_batches=micro_batches)
         state, infos = update_policy(
-            model, optimizer, state, put_parts(rows, 2, mesh), group_size=GROUP, micro_batches=1
-        )
+            model, optimizer, state, minis, group_size=GROUP, micro_batches=micro_batches,
+            max_length=LENGTH,
+        )  # fmt: skip
         found += [float(x) for info in infos for x in (info["loss"], info["grad_norm"])]
     return found
 
@@ -150,7 +153,7 @@ def main(folder: pathlib.Path, meshes: str, *of_train: str) -> int:
         for sizes in meshes.split(","):
             mesh = make_mesh(*map(int, sizes.split("x")))
             check_copies(mesh)
-            curves[sizes] = loss_curve(mesh)
+            curves[sizes] = [loss_curve(mesh), loss_curve(mesh, steps=1, packing=True)]
         tokens = None if of_train else sampled(mesh)
         if jax.process_index() == 0:
             (folder / "curves.json").write_text(json.dumps(curves))

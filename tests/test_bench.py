@@ -105,6 +105,16 @@ def test_a_benchmark_of_updates_prints_one_line_of_json(script, model_dir):
         assert row["check"]["logp_gap"] < 1e-4  # of the sampler's log-probs, under the same weights
 
 
+def test_benchmark_of_packing_times_both_on_the_same_rollouts(model_dir):
+    sizes = "--B 16 --G 2 --micro 2 --prompt-len 4 --new-tokens 24 --reps 2 --lr 0 --pack".split()
+    line = [sys.executable, str(EXPERIMENTS / "bench_update.py"), "--model-dir", str(model_dir)]
+    done = subprocess.run(line + sizes, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["padding"]["packed"] < row["padding"]["unpacked"] < 1
+    assert row["check"]["packed"] == pytest.approx(row["check"]["unpacked"], abs=1e-5)
+    assert row["unpacked_over_packed"] > 0 and len(row["seconds_all"]) == 2
+
+
 def test_table_divides_by_the_mean_of_both_of_our_runs(bench):
     table = bench("bench_peers").table
     rows = [row("scope_jax", 300.0), row("Tunix", 50.0), row("scope_jax again", 200.0)]

@@ -98,7 +98,9 @@ def check_curves(folder):
     curves = json.loads((folder / "curves.json").read_text())
     for sizes, found in curves.items():
         want = hosts_worker.loss_curve(make_mesh(*map(int, sizes.split("x"))))
-        np.testing.assert_allclose(found, want, atol=1e-5, rtol=1e-5)
+        for curve in found:  # unpacked; packed, which has other roundings for AdamW to enlarge
+            np.testing.assert_allclose(curve, want[: len(curve)], atol=1e-5, rtol=1e-5)
+        assert [len(curve) for curve in found] == [len(want), 4]
 
 
 def test_two_processes_have_one_process_s_losses_on_fixed_rollouts(two_hosts):

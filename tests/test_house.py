@@ -12,7 +12,7 @@ PACKAGE = ROOT / "scope_jax"
 FLOORS = [
     ["records", "methods", "configlib"],
     ["hosts", "sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
-    + ["calibration", "drawing", "stopping", "hardware", "hlo", "models.int8"],
+    + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]

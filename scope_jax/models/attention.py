@@ -52,6 +52,7 @@ def attend_context(
     positions: jax.Array,
     *,
     key_positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
     sliding_window: int | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -63,6 +64,9 @@ def attend_context(
       positions: [B, L] int32, -1 on padding; those of a row's real tokens increase from left to
         right. Padding may stand anywhere, on both sides and between.
       key_positions: [B, S] int32; None where S = L.
+      segments: [B, L] int32, where S = L: tokens see those of their own segment. A segment's real
+        tokens stand side by side; positions increase within it, padding is in segment -1. "cudnn"
+        has none.
       sliding_window: a token sees those at the last so many positions, itself included; back ends
         other than "xla" count real tokens, which is the same where positions have no gaps.
       backend: "auto" takes "splash" where the program is lowered for a TPU, "cudnn" on an NVIDIA
@@ -73,57 +77,74 @@ def attend_context(
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if segments is not None and (backend == "cudnn" or key_positions is not None):
+        raise ValueError(
+            'packed rows need attention "auto", "xla" or "splash": cuDNN\'s has no segments'
+            if backend == "cudnn"
+            else "segments are of rows that read nothing but themselves: key_positions must be None"
+        )
     if key_positions is None:
         key_positions = positions
     earlier = k.shape[2] - q.shape[1]
 
     def square(kernel):  # of as many queries as keys: those of the earlier keys are made up
-        def run(q, k, v, positions, key_positions):
+        def run(q, k, v, positions, key_positions, *segments):
             del positions
             q = jnp.pad(q, ((0, 0), (earlier, 0), (0, 0), (0, 0)))
-            return kernel(q, k, v, key_positions, sliding_window=sliding_window)[:, earlier:]
+            out = kernel(q, k, v, key_positions, *segments, sliding_window=sliding_window)
+            return out[:, earlier:]
 
         return run
 
     run = {
-        "xla": lambda *inputs: attend_by_blocks(*inputs, sliding_window),
+        "xla": functools.partial(attend_by_blocks, sliding_window=sliding_window),
         "splash": square(attend_splash),
         "cudnn": square(attend_cudnn),
     }
-    inputs = (q, k, v, positions, key_positions)
+    inputs = (q, k, v, positions, key_positions) + (() if segments is None else (segments,))
     if backend != "auto":
         return run[backend](*inputs)
     fitting = {}
     if splash_fits(q):
         fitting["tpu"] = run["splash"]
-    if cudnn_fits(q):
+    if segments is None and cudnn_fits(q):
         fitting["cuda"] = run["cudnn"]
     if not fitting:
         return run["xla"](*inputs)
     return jax.lax.platform_dependent(*inputs, default=run["xla"], **fitting)
 
 
-def context_mask(queries: jax.Array, keys: jax.Array, sliding_window: int | None) -> jax.Array:
-    """Returns [B, L, S] bool: which keys' positions [B, S] each query's position [B, L] sees."""
+def context_mask(
+    queries: jax.Array,
+    keys: jax.Array,
+    sliding_window: int | None,
+    of_queries: Any = None,
+    of_keys: Any = None,
+) -> jax.Array:
+    """Returns [B, L, S] bool: which keys' positions [B, S] each query's position [B, L] sees; with
+    the segments of both, [B, L] and [B, S], those of its own only.
+    """
     queries, keys = queries[:, :, None], keys[:, None, :]
     mask = (keys >= 0) & (keys <= queries)
+    if of_queries is not None:
+        mask &= of_queries[:, :, None] == of_keys[:, None, :]
     return mask if sliding_window is None else mask & (keys > queries - sliding_window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attend_by_blocks(
-    q, k, v, positions, key_positions, sliding_window=None, block=QUERY_BLOCK
+    q, k, v, positions, key_positions, segments=None, sliding_window=None, block=QUERY_BLOCK
 ) -> jax.Array:
     """`attend` that saves no scores: the gradient computes them again.
 
     From 2 * block queries on it goes by blocks of them, and neither pass holds [B, heads, L, S].
     """
-    return _forward(q, k, v, positions, key_positions, sliding_window, block)[0]
+    return _forward(q, k, v, positions, key_positions, segments, sliding_window, block)[0]
 
 
-def _forward(q, k, v, positions, key_positions, sliding_window, block):
-    def attend_block(q, queries):
-        mask = context_mask(queries, key_positions, sliding_window)
+def _forward(q, k, v, positions, key_positions, segments, sliding_window, block):
+    def attend_block(q, queries, of_queries):
+        mask = context_mask(queries, key_positions, sliding_window, of_queries, segments)
         scores = _scores_by_head(_by_head(q, k.shape[1]), k, mask)
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
@@ -131,26 +152,27 @@ def _forward(q, k, v, positions, key_positions, sliding_window, block):
         out = _f32("bnls,bnsd->bnld", weights.astype(v.dtype), v) / total
         return _by_query(out, q.shape[1]).astype(v.dtype), (largest + jnp.log(total))[..., 0]
 
-    blocks = _split(q, block), _split(positions, block, fill=-1)
+    blocks = _split(q, block), *_split_places(positions, segments, block)
     if len(blocks[0]) == 1:
-        out, log_total = jax.tree.map(lambda x: x[None], attend_block(*(x[0] for x in blocks)))
+        alone = jax.tree.map(lambda x: x[0], blocks)
+        out, log_total = jax.tree.map(lambda x: x[None], attend_block(*alone))
     else:
         out, log_total = jax.lax.map(lambda x: attend_block(*x), blocks)
     # A layer that is computed again in the backward pass may keep these two, see transformer.py.
     out = checkpoint_name(_joined(out, q.shape[1]), ATTENDED)
     log_total = checkpoint_name(log_total, ATTENDED)  # [blocks, B, kv_heads, group * block]
-    return out, (q, k, v, positions, key_positions, out, log_total)
+    return out, (q, k, v, positions, key_positions, segments, out, log_total)
 
 
 def _backward(sliding_window, block, saved, of_out):
     """FlashAttention's gradient (https://arxiv.org/abs/2205.14135, algorithm 4), query blocks."""
-    q, k, v, positions, key_positions, out, log_total = saved
+    q, k, v, positions, key_positions, segments, out, log_total = saved
     split = functools.partial(_split, block=block)
 
     def one_block(of_k_and_v, x):
-        q, queries, out, log_total, of_out = x
+        q, queries, of_queries, out, log_total, of_out = x
         q, length = _by_head(q, k.shape[1]), q.shape[1]
-        mask = context_mask(queries, key_positions, sliding_window)
+        mask = context_mask(queries, key_positions, sliding_window, of_queries, segments)
         probs = jnp.exp(_scores_by_head(q, k, mask) - log_total[..., None])
         out, of_out = _by_head(out, k.shape[1]), _by_head(of_out, k.shape[1])
         along = (out.astype(jnp.float32) * of_out.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -163,13 +185,21 @@ def _backward(sliding_window, block, saved, of_out):
         of_q = _by_query(_f32("bnls,bnsd->bnld", of_scores, k), length)
         return (of_k, of_v), of_q.astype(q.dtype)
 
-    x = (split(q), split(positions, fill=-1), split(out), log_total, split(of_out))
+    places = _split_places(positions, segments, block)
+    x = (split(q), *places, split(out), log_total, split(of_out))
     start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     (of_k, of_v), of_q = jax.lax.scan(one_block, start, x, unroll=len(log_total) == 1)
-    return _joined(of_q, q.shape[1]), of_k.astype(k.dtype), of_v.astype(v.dtype), None, None
+    gradients = _joined(of_q, q.shape[1]), of_k.astype(k.dtype), of_v.astype(v.dtype)
+    return *gradients, None, None, None
 
 
 attend_by_blocks.defvjp(_forward, _backward)
+
+
+def _split_places(positions, segments, block: int):
+    """Returns the queries' positions and their segments, if any, as `_split` does."""
+    split = functools.partial(_split, block=block, fill=-1)
+    return split(positions), None if segments is None else split(segments)
 
 
 def _split(x, block: int, fill=0):
@@ -226,7 +256,9 @@ def splash_fits(q: jax.Array) -> bool:
     return q.shape[1] >= SPLASH_MIN_LENGTH and q.shape[3] % 64 == 0
 
 
-def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -> jax.Array:
+def attend_splash(
+    q, k, v, positions, segments=None, *, sliding_window=None, interpret=False
+) -> jax.Array:
     """The TPU kernel on every device's rows and heads.
 
     A Pallas call cannot be partitioned by the compiler, so it runs under `shard_map` over the mesh
@@ -236,6 +268,8 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
     Args:
       interpret: run the kernel's steps as plain JAX operations, on any platform, for tests.
     """
+    if segments is None:  # all real tokens in one
+        segments = jnp.where(positions >= 0, 0, -1)
     body = functools.partial(_splash, sliding_window=sliding_window, interpret=interpret)
     mesh, rows = batch_axes(q)
     auto = {
@@ -244,7 +278,7 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
         if kind == AxisType.Auto
     }
     if not auto:
-        return body(q, k, v, positions)
+        return body(q, k, v, segments)
 
     heads = axis_for(k.shape[1], TRAINING.kv_heads, mesh)  # of every kv head all query heads
     by_row, by_head = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
@@ -255,18 +289,18 @@ def attend_splash(q, k, v, positions, *, sliding_window=None, interpret=False) -
         out_specs=by_row,
         axis_names=auto,
         check_vma=False,  # Pallas calls do not say over which axes their results vary
-    )(q, k, v, positions)
+    )(q, k, v, segments)
 
 
-def _splash(q, k, v, positions, *, sliding_window, interpret) -> jax.Array:
+def _splash(q, k, v, segments, *, sliding_window, interpret) -> jax.Array:
     length, heads, head_dim = q.shape[1:]
     if sliding_window is not None and sliding_window >= length:
         sliding_window = None
     order = None
     if sliding_window is not None:  # the kernel's window counts columns
-        order = _real_first(positions)
+        order = _real_first(segments)
         q, k, v = _take(q, order, 1), _take(k, order, 2), _take(v, order, 2)
-        positions = _take(positions, order, 1)
+        segments = _take(segments, order, 1)
     blocks = -(-length // SPLASH_BLOCK)
     block = -(-length // (blocks * LANES)) * LANES
     padded = blocks * block
@@ -274,7 +308,7 @@ def _splash(q, k, v, positions, *, sliding_window, interpret) -> jax.Array:
         x, [(0, padded - length if i == axis else 0) for i in range(x.ndim)]
     )
     # Padding is a segment of its own: it reads padding, so no query reads nothing (0 / 0).
-    segment = pad((positions >= 0).astype(jnp.int32), 1)
+    segment = pad(segments + 1, 1)
     shape = (padded, padded)
     if sliding_window is not None:
         mask = splash_mask.LocalMask(shape, (sliding_window - 1, 0), offset=0)
@@ -329,9 +363,11 @@ def attend_cudnn(
     return _take(out, jnp.argsort(order, axis=1), 1)
 
 
-def _real_first(positions: jax.Array) -> jax.Array:
-    """Returns [B, L] int32: every row's columns, those of real tokens first, each in order."""
-    return jnp.argsort(positions < 0, axis=1, stable=True)
+def _real_first(places: jax.Array) -> jax.Array:
+    """Returns [B, L] int32: every row's columns, those of real tokens first, each in order; of the
+    positions, or segments, of tokens.
+    """
+    return jnp.argsort(places < 0, axis=1, stable=True)
 
 
 def _take(x: jax.Array, order: jax.Array, axis: int) -> jax.Array:

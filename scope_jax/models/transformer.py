@@ -11,6 +11,7 @@ The protocol that the samplers, losses and PRMs ask of any model (this class is 
     cache) model.unembed(params) -> [D, V]          logits = hidden @ unembed
     model.init_cache(batch, slots) -> cache  any pytree
 
+and for an update on packed rows (packing.py): model(.., segments=[B, L]) without a cache.
 The object itself must be hashable: it is a static argument of jit.
 """
 
@@ -213,6 +214,7 @@ class Transformer:
         positions: jax.Array,
         cache: KVCache | None = None,
         context: KVCache | None = None,
+        segments: jax.Array | None = None,
     ):
         """Reads tokens and returns the hidden state after each of them.
 
@@ -224,11 +226,15 @@ class Transformer:
           cache: tokens read before; the L new ones take its next slots.
           context: without a cache: P rows read before, a filled cache, of which each is what the
             next B / P rows go on from (a group's prompt).
+          segments: without both: [B, L] int32, -1 on padding; rows of several texts side by side,
+            each with positions from 0. A token sees those of its own segment.
         Returns:
           (hidden [B, L, D] in the computation's dtype, after the final norm; the cache with the new
           tokens, or None).
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
+        if segments is not None and (cache is not None or context is not None):
+            raise ValueError("packed rows read nothing but themselves: no cache, no context")
         key_positions = positions
         if context is not None:
             by_row = _for_its_rows(context.positions, len(tokens))
@@ -242,12 +248,7 @@ class Transformer:
             cache.prompts is None and cache.positions.shape[1] == tokens.shape[1]
         )
         mask = None if alone else context_mask(positions, key_positions, c.sliding_window)
-        if cache is None or cache.turns is None:
-            turns = rotary_turns(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        else:
-            rows = jnp.maximum(positions, 0)[:, :, None]
-            turns = tuple(jnp.take(x, rows, axis=0, mode="clip") for x in cache.turns)
-
+        turns = self._turns_at(positions, cache)
         shared = None if cache is None else cache.prompts
         prompt_mask = None if shared is None else self._prompt_mask(shared, positions)
 
@@ -257,8 +258,9 @@ class Transformer:
             prompt = None if shared is None else (*read_before, prompt_mask, shared)
             before = None if context is None else (*read_before, key_positions)
             x, keys, values = self._layer(
-                weights, index, x, keys, values, cache, mask, positions, turns, prompt, before
-            )
+                weights, index, x, keys, values, cache, mask, positions, turns, prompt, before,
+                segments,
+            )  # fmt: skip
             return (x, keys, values), None
 
         if c.remat != "none":
@@ -290,6 +292,14 @@ class Transformer:
             )
         return rms_norm(x, params["final_norm"], c.rms_norm_eps), cache
 
+    def _turns_at(self, positions, cache: KVCache | None):
+        """Returns `rotary_turns` of the positions, looked up where the cache holds them."""
+        c = self.config
+        if cache is None or cache.turns is None:
+            return rotary_turns(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        rows = jnp.maximum(positions, 0)[:, :, None]
+        return tuple(jnp.take(x, rows, axis=0, mode="clip") for x in cache.turns)
+
     def _prompt_mask(self, shared: SharedPrompts, positions) -> jax.Array:
         """Returns [P, L, N] bool: which prompt tokens the row in each of a prompt's lanes sees."""
         key_positions = shared.positions[:, None, :]
@@ -302,10 +312,11 @@ class Transformer:
         return mask
 
     def _layer(
-        self, w, index, x, keys, values, cache, mask, positions, turns, prompt=None, before=None
-    ):
-        """Mask None: the tokens at `positions` read each other and what came `before` (keys, values
-        [P, ..], positions of all keys [B, S]).
+        self, w, index, x, keys, values, cache, mask, positions, turns, prompt=None, before=None,
+        segments=None,
+    ):  # fmt: skip
+        """Mask None: the tokens at `positions` read each other (of their own segment, where there
+        are `segments`) and what came `before` (keys, values [P, ..], positions of all keys [B, S]).
         """
         c, dtype = self.config, x.dtype
 
@@ -331,8 +342,8 @@ class Transformer:
                 k = jnp.concatenate([_for_its_rows(old_k, len(k)), k], axis=2)
                 v = jnp.concatenate([_for_its_rows(old_v, len(v)), v], axis=2)
             attended = attend_context(
-                q, k, v, positions, key_positions=key_positions, sliding_window=c.sliding_window,
-                backend=c.attention,
+                q, k, v, positions, key_positions=key_positions, segments=segments,
+                sliding_window=c.sliding_window, backend=c.attention,
             )  # fmt: skip
         elif prompt is None:
             attended = attend(q, k, v, mask)
