@@ -31,7 +31,7 @@ from scope_jax.models.kv_cache import KVCache, SharedPrompts
 from scope_jax.models.lora import base_of, merge
 from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.records import InputError, Rollouts
-from scope_jax.sharding import DECODING, Rules, fetch, replicate, shardings, spec
+from scope_jax.sharding import DECODING, Rules, batch_shards, fetch, replicate, shardings, spec
 
 FEWEST_SLOTS = 4  # below it a step costs the same
 FIRST_COLUMNS = 64  # of the cache; it doubles as rows grow
@@ -390,7 +390,7 @@ def _roll_out(
         model, params = merge(model, params)  # once, not for every token
     if isinstance(model, Transformer) and jax.default_backend() == "cpu":
         model, params = model.one_block_per_layer(params)
-    place, shards = _batch_sharding(ids), _batch_shards(ids)
+    place, shards = _batch_sharding(ids), batch_shards(ids)
     if slots % shards:
         raise InputError(
             f"slots={slots} does not divide over the {shards} batch shards of the mesh"
@@ -706,12 +706,6 @@ def _share(run: _Run, cache: KVCache, occupant, place) -> SharedPrompts:
             taken[at] += 1
         lanes, lane = run.put((lanes, lane))
     return SharedPrompts(cache.keys, cache.values, cache.positions, lanes, lane)
-
-
-def _batch_shards(ids) -> int:
-    """Returns over how many devices the rows of an array are split."""
-    sharding = getattr(ids, "sharding", None)
-    return ids.shape[0] // sharding.shard_shape(ids.shape)[0] if sharding is not None else 1
 
 
 def _batch_sharding(ids) -> NamedSharding | None:

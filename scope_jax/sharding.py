@@ -153,6 +153,12 @@ def batch_axes(x: jax.Array) -> tuple[AbstractMesh, tuple[str, ...]]:
     return mesh, rows
 
 
+def batch_shards(x) -> int:
+    """Returns over how many devices the rows of an array (or a shape with a sharding) are split."""
+    sharding = getattr(x, "sharding", None)
+    return x.shape[0] // sharding.shard_shape(x.shape)[0] if sharding is not None else 1
+
+
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAINING) -> PartitionSpec:
     """Returns the partition of an array with these logical axes.
 

@@ -33,7 +33,7 @@ from scope_jax.records import (
     TrainBatch,
     TrainState,
 )
-from scope_jax.sharding import own_rows, put_batch, put_parts
+from scope_jax.sharding import batch_shards, own_rows, put_batch, put_parts
 
 IS_CAP = 2.0  # of `correct_for_sampler`'s weights
 
@@ -395,9 +395,7 @@ def groups_stay_whole(by_row, group_size: int, micro_batches: int) -> bool:
     Args:
       by_row: any array [B, ..] of the mini-batch, or its shape with a sharding.
     """
-    rows, sharding = by_row.shape[0], by_row.sharding
-    shards = rows // sharding.shard_shape(by_row.shape)[0]
-    return rows % (micro_batches * group_size * shards) == 0
+    return by_row.shape[0] % (micro_batches * group_size * batch_shards(by_row)) == 0
 
 
 def _in_parts(batch, parts: int, group_size: int = 1):
