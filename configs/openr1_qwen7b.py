@@ -54,4 +54,5 @@ def get_config(arg: str = ""):
         config.steps.update(splitter="\n", max_steps=5)
         config.learn.update(mini_batches=1, micro_batches=1)
         config.eval.update(problems=8, batch_size=8, group_size=2, max_new_tokens=24)
+        config.log.update(rollouts_every=1, diversity_every=1)
     return config

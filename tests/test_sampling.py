@@ -19,7 +19,15 @@ from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight, declare
 from scope_jax.records import PAD, POLICY, InputError, Rollouts
 from scope_jax.sampling import continue_from, decoding_layout, generate
-from scope_jax.sharding import DECODING, TRAINING, make_mesh, put_batch, replicate, shardings
+from scope_jax.sharding import (
+    DECODING,
+    TRAINING,
+    make_mesh,
+    make_meshes,
+    put_batch,
+    replicate,
+    shardings,
+)
 from scope_jax.update import completion_logps
 from tests.test_drawing import kept_tokens, log_softmax, truncated_probs
 
@@ -508,27 +516,29 @@ def test_mesh_changes_no_row_and_splits_them(slots, params, sampled):
 WHOLE_VOCABULARY = {"vocab": None}  # 11 tokens do not divide
 
 
-def lay_out(params, **sizes):
+def lay_out(params, decode_model=0, **sizes):
     """Returns (mesh, params as training has them, model and params as decoding wants them)."""
-    mesh = make_mesh(**sizes)
+    mesh, decode_mesh = make_meshes(decode_model=decode_model, **sizes)
     training = dataclasses.replace(TRAINING, **WHOLE_VOCABULARY)
     params = jax.device_put(params, shardings(declare(CONFIG), mesh, training))
     rules = dataclasses.replace(DECODING, **WHOLE_VOCABULARY)
-    return mesh, params, decoding_layout(MODEL, params, mesh, rules)
+    return decode_mesh, params, decoding_layout(MODEL, params, decode_mesh, rules)
 
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("sizes", "slots"),
-    [((1, 4, 2), 0), ((2, 2, 2), 8), ((1, 1, 8), 16)],  # a shard's rows: all, one a prompt, more
+    # A shard's rows: all, one a prompt, more; and weights that came from another mesh.
+    [((1, 4, 2, 0), 0), ((2, 2, 2, 0), 8), ((1, 1, 8, 0), 16), ((2, 4, 1, 2), 0)],
 )
 def test_decoding_layout_and_mesh_change_no_token(sizes, slots, params, sampled, monkeypatch):
     monkeypatch.setattr(sampling, "BUCKETS", 2)  # rows still move and wait
+    *sizes, decode_model = sizes
     sizes = dict(zip(("data", "fsdp", "model"), sizes, strict=True))
     if sizes["model"] == 8:  # more than heads: weights and cache lie whole on every device
         mesh, model, placed = make_mesh(**sizes), MODEL, replicate(params, make_mesh(**sizes))
     else:
-        mesh, _, (model, placed) = lay_out(params, **sizes)
+        mesh, _, (model, placed) = lay_out(params, decode_model, **sizes)
     twice = lambda x: np.concatenate([x, x])  # noqa: E731
     prompts = put_batch((twice(PROMPT_IDS), twice(PROMPT_MASK)), mesh)
     rollouts = generate(

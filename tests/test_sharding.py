@@ -9,7 +9,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scope_jax.models.transformer import TransformerConfig, Weight, declare
 from scope_jax.records import InputError
-from scope_jax.sharding import TRAINING, Rules, make_mesh, put_batch, replicate, shardings, spec
+from scope_jax.sharding import (
+    TRAINING,
+    Rules,
+    decoding_mesh,
+    make_mesh,
+    make_meshes,
+    put_batch,
+    replicate,
+    shardings,
+    spec,
+)
 
 CONFIG = TransformerConfig(
     vocab_size=12, embed_dim=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16
@@ -46,6 +56,15 @@ def test_two_dimensions_on_one_mesh_axis_are_an_error_that_shows_both():
 
 
 # --- Meshes -----------------------------------------------------------------------------------
+
+
+def test_decoding_has_a_mesh_of_the_same_devices_in_the_same_order():
+    mesh, decode = make_meshes(data=2, fsdp=4, model=1, decode_model=2)
+    assert dict(decode.shape) == {"data": 2, "fsdp": 2, "model": 2}
+    assert list(decode.devices.flat) == list(mesh.devices.flat)
+    assert decoding_mesh(mesh, 0) is mesh
+    with pytest.raises(InputError, match=r"decode_model=3 .* fsdp x model = 4; 2 would"):
+        decoding_mesh(mesh, 3)
 
 
 @pytest.mark.parametrize(
