@@ -14,6 +14,7 @@ CPU cores, about half a minute.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -35,13 +36,23 @@ from scope_jax.sharding import make_mesh
 from scope_jax.update import lower_train_step, make_optimizer
 
 
-def holds_array(text: str, sizes: tuple[int, ...]) -> bool:
-    """Returns whether a program has an array with dimensions of at least these sizes."""
-    for dims in set(re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)):
-        left = sorted((int(n) for n in dims.split(",")), reverse=True)
-        if len(left) >= len(sizes) and all(a >= b for a, b in zip(left, sizes, strict=False)):
-            return True
-    return False
+def shapes(text: str) -> set[tuple[int, ...]]:
+    """Returns the shapes of all arrays of a program."""
+    found = re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)
+    return {tuple(int(n) for n in dims.split(",")) for dims in set(found)}
+
+
+def holds_logits(text: str, vocab: int, tokens: int, embed_dim: int) -> bool:
+    """Returns whether there are logits for as many positions as a row has (weights left out)."""
+    return any(
+        vocab in dims and embed_dim not in dims and math.prod(dims) >= vocab * tokens
+        for dims in shapes(text)
+    )
+
+
+def holds_scores(text: str, tokens: int) -> bool:
+    """Returns whether there is an array with two dimensions of a row's tokens, padded or not."""
+    return any(sum(tokens <= n < tokens + 512 for n in dims) > 1 for dims in shapes(text))
 
 
 def main() -> None:
@@ -86,9 +97,10 @@ def main() -> None:
         "trace_s": round(traced - began, 1), "compile_s": round(done - traced, 1),
         "temp_gib": gib(compiled.memory_analysis().temp_size_in_bytes),
         "hbm_gib": gib(memory(compiled)),
-        # Of [B, T, V] and [T, T] even a chip's part would have these sizes.
-        "logits_of_a_row": holds_array(text, (model.config.vocab_size, args.new_tokens)),
-        "scores_of_a_row": holds_array(text, (tokens, tokens)),
+        "logits_of_a_row": holds_logits(
+            text, model.config.vocab_size, args.new_tokens, model.config.embed_dim
+        ),
+        "scores_of_a_row": holds_scores(text, tokens),
         "seconds": round(took.seconds, 4), "seconds_compute": round(took.compute, 4),
         "mfu": round(flops / (took.seconds * len(devices) * chip.flops), 4),
     }))  # fmt: skip

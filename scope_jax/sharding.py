@@ -61,8 +61,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, *, devices=None) ->
         sizes[unknown[0]] = devices // known
     if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
         text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        near, left = {}, devices
+        for axis in ("model", "fsdp"):
+            near[axis] = math.gcd(max(sizes[axis], 1), left)
+            left //= near[axis]
         raise InputError(
-            f"mesh {text} does not match {devices} devices; one axis may be -1 (what is left)"
+            f"mesh {text} does not match {devices} devices; one axis may be -1 (what is left), and "
+            f"data={left}, fsdp={near['fsdp']}, model={near['model']} would"
         )
     # Auto axes: under Explicit ones (the default) gather and top_k on a sharded vocabulary raise.
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
@@ -117,7 +122,7 @@ def decoding_mesh(mesh: Mesh, model: int) -> Mesh:
     Args:
       model: 0 returns the mesh as it is.
     Raises:
-      InputError: the mesh's fsdp * model is no multiple.
+      InputError: the mesh's fsdp * model is no multiple, or hosts' devices are not.
     """
     if model == 0:
         return mesh
@@ -127,6 +132,12 @@ def decoding_mesh(mesh: Mesh, model: int) -> Mesh:
         raise InputError(
             f"mesh.decode_model={model} does not divide the mesh's fsdp x model = {weights}; "
             f"{near} would"
+        )
+    local = mesh.size // len({device.process_index for device in mesh.devices.flat})
+    if jax.process_count() > 1 and local % model:
+        raise InputError(
+            f"mesh.decode_model={model} would be parted between hosts of {local} devices; "
+            f"{math.gcd(model, local)} would not"
         )
     shape = (mesh.shape["data"], weights // model, model)
     return Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
@@ -196,8 +207,8 @@ def shardings(declared, mesh: Mesh, rules: Rules = TRAINING):
             parts = mesh.shape[axis] if isinstance(axis, str) else 1
             if size % parts:
                 raise InputError(
-                    f"{weight.axes} of shape {weight.shape}: "
-                    f"{size} does not divide over {axis}={parts}"
+                    f"{weight.axes} of shape {weight.shape}: {size} does not divide over "
+                    f"{axis}={parts}; {axis}={math.gcd(size, parts)} would"
                 )
         return NamedSharding(mesh, partition)
 
