@@ -21,6 +21,7 @@ import tempfile
 import time
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -206,7 +207,9 @@ def scoring(config: ConfigDict, models: Models, mesh) -> dict[str, Program]:
     if models.prm is None:
         return {}
     rows = config.data.prompts_per_step * config.sample.group_size
-    batch, length = config.prm.batch_size or rows, min(config.prm.max_length, 2**30)
+    batch, length = config.prm.batch_size or rows, config.prm.max_length
+    if config.prm.reads == "policy_tokens" or not config.prm.path:
+        length = config.data.max_prompt_length + config.sample.max_new_tokens
     length = min(length, models.prm.max_position)
     lower = score_program(
         models.prm, models.prm_params, mesh, rows=batch, length=length,
@@ -303,12 +306,13 @@ def fit(build, knobs, config: ConfigDict, chip: Chip, coords, say):
     """
 
     def compiled(config):
-        programs = build(config)
-        for name, program in programs.items():
+        done = {}
+        for name, program in build(config).items():
             say(f"compiling {name}")
-            if not compile_program(program, chip, coords).fits:
-                break  # the others do not matter then
-        return programs, all(p.fits for p in programs.values())
+            done[name] = compile_program(program, chip, coords)
+            if not program.fits:  # the others do not matter then
+                return done, False
+        return done, True
 
     first, fits = compiled(config)
     if fits:
@@ -342,8 +346,7 @@ def plan(config: ConfigDict, topology: str, *, tokens: float | None = None, say=
     chip, devices = topology_devices(topology)
     mesh, decode_mesh = make_meshes(**config.mesh, devices=devices)
     check_options(config, mesh)
-    order = list(mesh.devices.flat)  # coordinates in the order of the programs' devices
-    coords = [device.coords for device in order]
+    coords = [device.coords for device in mesh.devices.flat]  # in the order of the programs'
     models = read_models(config, mesh, decode_mesh)
     tokens = tokens or config.sample.max_new_tokens
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -371,8 +374,8 @@ def plan(config: ConfigDict, topology: str, *, tokens: float | None = None, say=
         programs |= found
         changes |= values
         asked |= {name: p.hbm for name, p in first.items() if values}
-        times = [p.calls * p.cost.seconds for p in found.values() if p.cost]
-        seconds[stage] = sum(times) if len(times) == len(found) else None
+        fits = all(p.fits for p in found.values())
+        seconds[stage] = sum(p.calls * p.cost.seconds for p in found.values()) if fits else None
     rows = config.data.prompts_per_step * config.sample.group_size
     total = None if None in seconds.values() else sum(s or 0.0 for s in seconds.values())
     sharded = sum(models.resident.values())
@@ -472,7 +475,6 @@ def show(report: dict, console: Console) -> None:
             f"{step['completion_tokens']:,.0f} completion tokens, "
             f"{step['tokens_per_second']:,.0f} a second"
         )
-    console.print(verdict(report))
 
 
 def verdict(report: dict) -> str:
@@ -510,8 +512,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args, overrides = parser.parse_known_args(argv)
     # Before JAX looks for devices: it plans for others than the machine has.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu looks for the machine's metadata otherwise
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     config = load_config(args.config, overrides)
@@ -523,6 +525,9 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(report))
     else:
         show(report, console)
+    if not report["fits"]:
+        raise InputError(verdict(report))
+    console.print(verdict(report))
 
 
 if __name__ == "__main__":

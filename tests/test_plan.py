@@ -174,8 +174,9 @@ def test_knobs_are_tried_where_something_does_not_fit(capsys, monkeypatch):
     if report["fits"]:
         assert set(report["change"]) <= {"learn.micro_batches", "model.remat"}
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], hbm=1000.0))
-    _, out, _ = run(capsys, "--config", WORKSHEET, "--topology", "v5e:2x4")
-    assert "DOES NOT FIT on v5e:2x4" in out.splitlines()[-1]
+    code, out, err = run(capsys, "--config", WORKSHEET, "--topology", "v5e:2x4")
+    assert code == 2 and "update" in out  # the numbers are shown all the same
+    assert "error: DOES NOT FIT on v5e:2x4: prefill" in err.splitlines()[-1]
 
 
 def test_the_knobs():
