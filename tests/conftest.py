@@ -13,10 +13,25 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 
+from scope_jax import sampling
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Lets go of compiled programs after each file, and within one that has many.
+
+    On a CPU each of them maps some hundred pieces of memory, and Linux lets a process have 65,530
+    mappings: XLA aborts at the next compilation.
+    """
+    maps = pathlib.Path("/proc/self/maps")
+    many = maps.exists() and maps.read_bytes().count(b"\n") > 40_000
+    if many or nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        sampling._COMPILED.clear()  # what `generate` takes for compiled
 
 
 @pytest.fixture(scope="session")
