@@ -26,11 +26,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from scope_jax.configlib import load_config, one_line_errors
+from scope_jax.configlib import load_config, lora_options, one_line_errors
 from scope_jax.hardware import GIB, Chip, topology_devices
 from scope_jax.hlo import Estimate, estimate, parse
 from scope_jax.models.flops import causal_pairs, forward_flops
 from scope_jax.models.hf import config_from_hf, read_config, resolve
+from scope_jax.models.lora import make_lora
 from scope_jax.models.published import PUBLISHED
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.prm import PRM
@@ -115,7 +116,8 @@ class Models:
 
 def read_models(config: ConfigDict, mesh, decode_mesh) -> Models:
     """Returns the models that a config names, sharded as a run shards them."""
-    policy = Transformer(trained_config(read_model(config.model.path), config.model))
+    shape = trained_config(read_model(config.model.path), config.model)
+    policy = Transformer(dataclasses.replace(shape, lora=make_lora(**lora_options(config.model))))
     longest = config.data.max_prompt_length + config.sample.max_new_tokens
     if longest > policy.config.max_position:
         raise InputError(
@@ -130,7 +132,7 @@ def read_models(config: ConfigDict, mesh, decode_mesh) -> Models:
         resident["reference"] = on_device(params)
     dtype, prm, prm_params, teacher = compute_dtype(config), None, None, None
     if config.correct.n_correct and config.locate.locator == "prm":
-        read = read_model(config.prm.path) if config.prm.path else policy.config
+        read = read_model(config.prm.path) if config.prm.path else shape
         head = "mlp2_at_token" if config.prm.path else "linear2_at_sep"
         prm = PRM(Transformer(dataclasses.replace(read, dtype=dtype)), head)
         prm_params = abstract_params(prm.declare(), mesh, dtype)
@@ -156,11 +158,12 @@ def sampling(config: ConfigDict, models: Models, mesh, tokens: float) -> dict[st
     prompts, group = config.data.prompts_per_step, config.sample.group_size
     width, columns = config.data.max_prompt_length, config.sample.max_new_tokens
     slots = min(config.sample.slots or prompts * group, prompts * group)
+    base = dataclasses.replace(models.policy.config, lora=None)  # merged while it samples
     lowered, sizes = decode_programs(
-        models.policy.config, mesh, prompts=prompts, group=group, width=width, columns=columns,
+        base, mesh, prompts=prompts, group=group, width=width, columns=columns,
         slots=slots, int8=tuple(config.sample.int8),
     )  # fmt: skip
-    return decoding(models.policy.config, lowered, sizes, beside(models), width=width,
+    return decoding(base, lowered, sizes, beside(models), width=width,
                     columns=columns, contexts=prompts, rows=prompts * group, slots=slots,
                     tokens=tokens)  # fmt: skip
 

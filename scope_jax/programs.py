@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from scope_jax.models import decoding
 from scope_jax.models.int8 import quantise_weights
 from scope_jax.models.kv_cache import SharedPrompts
+from scope_jax.models.lora import split_frozen
 from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.prm import score_steps
 from scope_jax.records import TrainBatch, TrainState
@@ -60,7 +61,7 @@ def abstract_params(declared, mesh, dtype, rules=TRAINING):
 def abstract_state(optimizer, params, mesh) -> TrainState:
     """Returns what `update.init_state` makes of params."""
     everywhere = NamedSharding(mesh, spec(()))
-    trained = params.get("lora", params)
+    trained, _ = split_frozen(params)
     opt_state = jax.eval_shape(optimizer.init, trained)
     places = optax.tree_utils.tree_map_params(
         optimizer, lambda _, param: param.sharding, opt_state, trained,

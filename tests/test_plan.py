@@ -135,6 +135,16 @@ def test_the_plan_of_a_small_run(capsys):
 
 
 @needs_libtpu
+def test_lora_has_a_small_state_in_the_plan_too(capsys):
+    args = ("--config", WORKSHEET, "--topology", "v5e:2x4", "--json")
+    states = []
+    for rank in (0, 4):
+        _, out, _ = run(capsys, *args, f"--config.model.lora_rank={rank}")
+        states.append(json.loads(out)["programs"]["update"]["hbm_gib"])
+    assert states[1] < states[0]  # no moments of the base
+
+
+@needs_libtpu
 def test_the_plan_is_printed_for_people(capsys):
     code, out, _ = run(capsys, "--config", WORKSHEET, "--topology", "v5e:2x4")
     assert code == 0
