@@ -58,6 +58,9 @@ def export(
     tokenizer, _ = load_tokenizer(source)
     source_config = read_config(source)
     model_config = config_from_hf(source_config, source / "config.json")
+    for name in ("rope_theta", "max_position"):  # as the run stretched them
+        if value := run["model"].get(name):
+            model_config = dataclasses.replace(model_config, **{name: value})
     model = Transformer(dataclasses.replace(model_config, lora=lora))
     # Rounded once: as it is read, or where there is something to merge, then.
     stored = trained_dtype if lora else dtype or trained_dtype

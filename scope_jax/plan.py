@@ -521,7 +521,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     config = load_config(args.config, overrides)
     console = Console(stderr=args.json, highlight=False, soft_wrap=True)
-    console.width = max(console.width, 110)  # of a pipe, which has none
+    console.width = max(console.width, 120)  # of a pipe, which has none
     with console.status("") as status:
         report = plan(config, args.topology, tokens=args.tokens, say=status.update)
     if args.json:

@@ -152,3 +152,14 @@ def test_export_imports_no_config_library_itself():
     tree = ast.parse(pathlib.Path(scope_jax.export.__file__).read_text())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "scope_jax.checkpoint" in names and not any("ml_collections" in name for name in names)
+
+
+def test_stretched_positions_are_in_the_exported_config(workdir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["model"] |= {"rope_theta": 40000.0, "max_position": 1024}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert export(copy, tmp_path / "out") == 0
+    model, _ = load_hf(tmp_path / "out")
+    assert (model.config.rope_theta, model.config.max_position) == (40000.0, 1024)
