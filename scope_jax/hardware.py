@@ -132,7 +132,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # libtpu's own kinds of errors, by message only
         said = str(error).split("\n")[0]
-        if "libtpu" in said.lower():
+        if "libtpu" in said.lower() or "not installed" in said:
             raise InputError(
                 "compiling for a TPU needs libtpu: pip install 'scope_jax[aot]'"
             ) from None
