@@ -16,9 +16,7 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import re
-import tempfile
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,9 +29,9 @@ from scope_jax.models.flops import causal_pairs, forward_flops
 from scope_jax.models.hf import config_from_hf
 from scope_jax.models.published import PUBLISHED
 from scope_jax.models.transformer import REMAT, Transformer, declare
-from scope_jax.programs import abstract_batch, abstract_params, abstract_state, memory
+from scope_jax.programs import abstract_batch, abstract_params, compile_with_text, memory
 from scope_jax.sharding import make_mesh
-from scope_jax.update import lower_train_step, make_optimizer
+from scope_jax.update import lower_train_step, make_optimizer, state_shapes
 
 
 def shapes(text: str) -> set[tuple[int, ...]]:
@@ -72,18 +70,13 @@ def main() -> None:
     shape = config_from_hf(PUBLISHED[args.model], args.model)
     model = Transformer(dataclasses.replace(shape, **options))
     optimizer = make_optimizer(1000)
-    state = abstract_state(optimizer, abstract_params(declare(model.config), mesh, "float32"), mesh)
+    state = state_shapes(optimizer, abstract_params(declare(model.config), mesh, "float32"))
     batch = abstract_batch(mesh, rows=args.rows, width=args.prompt_len, length=args.new_tokens)
     began = time.perf_counter()
     lowered = lower_train_step(model, optimizer, state, batch, micro_batches=args.micro)
     traced = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        # `as_text` fails on this program (jax 0.10.2); what the compiler writes itself does not.
-        compiled = lowered.compile(
-            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        )
-        done = time.perf_counter()
-        text = next(pathlib.Path(folder).glob("*.after_codegen.txt")).read_text()
+    compiled, text = compile_with_text(lowered)
+    done = time.perf_counter()
     coords = [device.coords for device in mesh.devices.flat]
     took = estimate(parse(text), chip, coords)
     tokens = args.prompt_len + args.new_tokens

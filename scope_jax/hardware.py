@@ -41,7 +41,6 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 
-
 # What XLA compiles updates with. Left to itself it cuts a product whose weights lie on other chips
 # into one product for every arriving piece, which reads and writes the whole result each time (7B,
 # 8 chips: 1.2 s in place of 0.75 s); whole weights are gathered instead. The SparseCores send them
@@ -122,7 +121,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     """
     from jax.experimental import topologies
 
-    generation, _, shape = name.partition(":")
+    generation = name.partition(":")[0]
     if generation not in CHIPS:
         raise InputError(
             f"topology {name!r}: known generations are {', '.join(CHIPS)}, as in v5e:2x4, "
@@ -141,5 +140,4 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
             f"topology {name!r} does not exist ({said}): {generation} comes as "
             f"{near[generation]} and larger multiples of a host's chips"
         ) from None
-    del shape
     return CHIPS[generation], list(described.devices)

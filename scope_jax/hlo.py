@@ -20,8 +20,7 @@ COLLECTIVES = (
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
 ITEM_BITS = {"pred": 8, "bf16": 16}
-# Of the chip's flop/s, what the attention kernels are taken to reach. Not measured here: the splash
-# kernel's authors report 40 to 65 % forward and less backward at head size 128.
+# Of the chip's flop/s, what the attention kernels are taken to reach: our assumption, not measured.
 KERNEL_EFFICIENCY = 0.5
 # Products of [L, S] in the splash kernels, of a head: scores and the mixing of values; scores
 # again, dP, dV and dK; scores again, dP and dQ.

@@ -283,11 +283,7 @@ def shape_off_policy(prob, gamma=0.1):
 
 
 def loss_denominator(mask, loss_agg):
-    """Returns what `aggregate` divides by: the rows with a token in the loss, or such tokens.
-
-    Micro-batches weigh their losses by their share of it, so that their sum is the full batch's
-    loss.
-    """
+    """Returns what `aggregate` divides by: the rows with a token in the loss, or such tokens."""
     rows = mask.any(-1).sum()
     return jnp.maximum(mask.sum() if loss_agg == "token-mean" else rows, 1).astype(jnp.float32)
 

@@ -14,10 +14,8 @@ import argparse
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -38,7 +36,7 @@ from scope_jax.prm import PRM
 from scope_jax.programs import (
     abstract_batch,
     abstract_params,
-    abstract_state,
+    compile_with_text,
     decode_programs,
     memory,
     on_device,
@@ -46,9 +44,9 @@ from scope_jax.programs import (
     update_programs,
 )
 from scope_jax.records import InputError
-from scope_jax.roles import check_options, compute_dtype, trained_config
+from scope_jax.roles import check_options, compute_dtype, group_slots, trained_config
 from scope_jax.sharding import DECODING, make_meshes
-from scope_jax.update import groups_stay_whole, make_optimizer
+from scope_jax.update import groups_stay_whole, make_optimizer, state_shapes
 
 
 def read_model(path: str) -> TransformerConfig:
@@ -77,21 +75,17 @@ def compile_program(program: Program, chip: Chip, coords) -> Program:
     """Compiles a program and reads its memory and time; returns it, filled in."""
     began = time.perf_counter()
     lowered = program.lower()
-    with tempfile.TemporaryDirectory() as folder:
-        # `as_text` fails on some programs (jax 0.10.2); what the compiler writes itself does not.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except Exception as error:  # XLA says only in the message what kind it is
-            used = re.search(r"(?:Used |temporaries \()([\d.]+)([GMK])\b", str(error))
-            if used is None:
-                raise
-            unit = {"G": GIB, "M": 2**20, "K": 2**10}[used[2]]
-            program.hbm = int(float(used[1]) * unit) + program.resident
-            program.compile_seconds = time.perf_counter() - began
-            return program
-        files = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
-        program.cost = estimate(parse(files[-1].read_text()), chip, coords)
+    try:
+        compiled, text = compile_with_text(lowered)
+    except Exception as error:  # XLA says only in the message what kind it is
+        used = re.search(r"(?:Used |temporaries \()([\d.]+)([GMK])\b", str(error))
+        if used is None:
+            raise
+        unit = {"G": GIB, "M": 2**20, "K": 2**10}[used[2]]
+        program.hbm = int(float(used[1]) * unit) + program.resident
+        program.compile_seconds = time.perf_counter() - began
+        return program
+    program.cost = estimate(parse(text), chip, coords)
     program.hbm = memory(compiled) + program.resident
     program.fits = program.hbm <= chip.hbm
     program.compile_seconds = time.perf_counter() - began
@@ -126,7 +120,7 @@ def read_models(config: ConfigDict, mesh, decode_mesh) -> Models:
         )
     params = abstract_params(declare(policy.config), mesh, config.model.dtype)
     optimizer = make_optimizer(config.total_steps * config.learn.mini_batches, **config.optimizer)
-    state = abstract_state(optimizer, params, mesh)
+    state = state_shapes(optimizer, params)
     resident = {"state": on_device(state)}
     if config.loss.kl_coef:
         resident["reference"] = on_device(params)
@@ -227,8 +221,7 @@ def scoring(config: ConfigDict, models: Models, mesh) -> dict[str, Program]:
 
 def updating(config: ConfigDict, models: Models, mesh) -> dict[str, Program]:
     """Returns the programs of an update, of rows as long as they may get."""
-    appended = config.correct.n_correct if config.correct.insert == "append" else 0
-    slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
+    slots = group_slots(config)
     rows = config.data.prompts_per_step * slots // config.learn.mini_batches
     width, length = config.data.max_prompt_length, config.sample.max_new_tokens
     options = {**config.learn, **config.loss, "temperature": config.sample.temperature}

@@ -9,21 +9,21 @@ functions that are lowered are those that a run calls.
 import dataclasses
 import functools
 import math
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 
 from scope_jax.models import decoding
 from scope_jax.models.int8 import quantise_weights
 from scope_jax.models.kv_cache import SharedPrompts
-from scope_jax.models.lora import split_frozen
 from scope_jax.models.transformer import Transformer, Weight, declare
 from scope_jax.prm import score_steps
 from scope_jax.records import TrainBatch, TrainState
-from scope_jax.sampling import prefill_chunk, shardings_of_int8
+from scope_jax.sampling import column_buckets, prefill_chunk, shardings_of_int8
 from scope_jax.sharding import DECODING, TRAINING, shardings, spec
 from scope_jax.update import fill_logps, lower_train_step
 
@@ -43,6 +43,17 @@ def memory(compiled) -> int:
     return held + m.temp_size_in_bytes
 
 
+def compile_with_text(lowered):
+    """Returns (the compiled program, its text with the compiler's estimates of cycles), of a TPU.
+
+    `as_text` fails on some programs (jax 0.10.2); what the compiler writes itself does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        return compiled, next(pathlib.Path(folder).glob("*.after_codegen.txt")).read_text()
+
+
 def abstract(tree, where):
     """Returns the shapes of a tree with their shardings."""
     return jax.tree.map(
@@ -56,19 +67,6 @@ def abstract_params(declared, mesh, dtype, rules=TRAINING):
         lambda w, s: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=s),
         declared, shardings(declared, mesh, rules), is_leaf=lambda x: isinstance(x, Weight),
     )  # fmt: skip
-
-
-def abstract_state(optimizer, params, mesh) -> TrainState:
-    """Returns what `update.init_state` makes of params."""
-    everywhere = NamedSharding(mesh, spec(()))
-    trained, _ = split_frozen(params)
-    opt_state = jax.eval_shape(optimizer.init, trained)
-    places = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, param: param.sharding, opt_state, trained,
-        transform_non_params=lambda _: everywhere,
-    )  # fmt: skip
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    return TrainState(params=params, opt_state=abstract(opt_state, places), step=step)
 
 
 def abstract_batch(mesh, *, rows: int, width: int, length: int) -> TrainBatch:
@@ -150,7 +148,7 @@ def decode_programs(
         params["layers"] = abstract(layers, shardings_of_int8(declared["layers"], mesh, rules))
     ids, mask = (array((prompts, width), dtype, place) for dtype in (jnp.int32, jnp.bool_))
     places, refilled = min(prompts, slots), slots < rows
-    held = columns + columns // 4 if refilled else columns  # as `sampling.column_buckets`
+    held = column_buckets(columns, refilled=refilled)[-1]
     empty = functools.partial(
         decoding.no_contexts.fn, model, places=places, length=columns, place=None
     )

@@ -130,6 +130,13 @@ def _add_lora(config: ConfigDict, model, params, mesh):
     return model, {**params, "lora": init(model.config, key)}
 
 
+def group_slots(config: ConfigDict) -> int:
+    """Returns the rows that an update reads of a group, empty ones of insert="append" included."""
+    size = config.sample.group_size
+    appended = config.correct.n_correct if config.correct.insert == "append" else 0
+    return size + (size if appended < 0 else appended)
+
+
 def check_options(config: ConfigDict, mesh) -> None:
     """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
     for group, key, known in (
@@ -159,9 +166,10 @@ def check_options(config: ConfigDict, mesh) -> None:
         raise InputError(
             "learn.packing saves whole micro-batches: set learn.micro_batches above 1 with it"
         )
-    appended = config.correct.n_correct if config.correct.insert == "append" else 0
-    slots = config.sample.group_size + (config.sample.group_size if appended < 0 else appended)
-    rows, shards = config.data.prompts_per_step * slots, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, shards = (
+        config.data.prompts_per_step * group_slots(config),
+        mesh.shape["data"] * mesh.shape["fsdp"],
+    )
     parts = config.learn.mini_batches * config.learn.micro_batches
     over_mesh = f"the {shards} batch shards of the mesh {dict(mesh.shape)}"
     for name, size in {

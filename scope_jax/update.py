@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +260,19 @@ def init_state(optimizer, params, step: int = 0) -> TrainState:
     # Committed to where they lie, as the update's results are: else its second call would be
     # compiled again. No copy.
     params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, params))
+    shapes: Any = state_shapes(optimizer, params)
+    places = jax.tree.map(lambda x: x.sharding, shapes.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=places)(split_frozen(params)[0])
+    step_array = jax.device_put(np.int32(step), shapes.step.sharding)
+    return TrainState(params=params, opt_state=opt_state, step=step_array)
+
+
+def state_shapes(optimizer, params) -> TrainState:
+    """Returns the state of a new run as shapes with shardings.
+
+    Args:
+      params: arrays, or shapes with shardings.
+    """
     trained, _ = split_frozen(params)
     shapes = jax.eval_shape(optimizer.init, trained)
     everywhere = jax.tree.leaves(params)[0].sharding
@@ -271,10 +285,11 @@ def init_state(optimizer, params, step: int = 0) -> TrainState:
         trained,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=places)(trained)
-    return TrainState(
-        params=params, opt_state=opt_state, step=jax.device_put(np.int32(step), everywhere)
-    )
+    opt_state, step = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (shapes, jax.ShapeDtypeStruct((), np.int32)), (places, everywhere),
+    )  # fmt: skip
+    return TrainState(params=params, opt_state=opt_state, step=step)
 
 
 def reference(params):
