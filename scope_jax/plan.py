@@ -364,14 +364,21 @@ def plan(config: ConfigDict, topology: str, *, tokens: float | None = None, say=
         "teach": (lambda c: teaching(c, models, decode_mesh, tokens), lambda _: ()),
         "update": (update_stage, lambda c: leaner_updates(c, shards)),
     }
-    programs, changes, seconds, asked = {}, {}, {}, {}
-    for stage, (build, knobs) in stages.items():
-        found, values, first = fit(build, knobs, config, chip, coords, say)
-        programs |= found
+    by_stage, changes, seconds, asked, hopeless = {}, {}, {}, {}, False
+    # The update first: XLA refuses soonest what it needs most. After a stage that no knob makes fit
+    # the others are compiled as configured only.
+    for stage in ("update", "sample", "score", "teach"):
+        build, knobs = stages[stage]
+        found, values, first = fit(
+            build, (lambda _: ()) if hopeless else knobs, config, chip, coords, say
+        )
+        by_stage[stage] = found
         changes |= values
         asked |= {name: p.hbm for name, p in first.items() if values}
         fits = all(p.fits for p in found.values())
+        hopeless |= not fits
         seconds[stage] = sum(p.calls * p.cost.seconds for p in found.values()) if fits else None
+    programs = {name: p for stage in stages for name, p in by_stage[stage].items()}
     rows = config.data.prompts_per_step * config.sample.group_size
     total = None if None in seconds.values() else sum(s or 0.0 for s in seconds.values())
     sharded = sum(models.resident.values())

@@ -22,9 +22,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from scope_jax.hardware import update_compiler_options
 from scope_jax.models.hf import (
     Tensors,
     config_from_hf,
@@ -175,9 +177,8 @@ def _linear(x, weights):
     return x @ weights["w"].astype(jnp.float32) + weights["b"].astype(jnp.float32)[None, None]
 
 
-@functools.partial(jax.jit, static_argnames=("prm",))
 def score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScores:
-    """Scores every reasoning step of every row in one forward.
+    """Scores every reasoning step of every row in one forward (jitted).
 
     Args:
       prm, params: see the module's docstring.
@@ -188,6 +189,31 @@ def score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScore
       StepScores. A row longer than the PRM's context, or with a score that is not finite, has mask
       False throughout: no score is not "no error", so such a row is never a candidate for repair.
     """
+    return _scorer_for(params)(prm, params, ids, mask, score_positions, step_mask)
+
+
+def lower_score_steps(prm, params, ids, mask, score_positions, step_mask):
+    """Returns `score_steps` lowered (`jax.stages.Lowered`), for arrays or shapes with shardings."""
+    return _scorer_for(params).lower(prm, params, ids, mask, score_positions, step_mask)
+
+
+def _scorer_for(params):
+    """Returns the jitted `_score_steps` for the devices that hold the params."""
+    arrays = [x for x in jax.tree.leaves(params) if not isinstance(x, jax.core.Tracer)]
+    places = [x.sharding for x in arrays if getattr(x, "sharding", None) is not None]
+    if not places:  # host arrays; or inside of another jit, which alone may have options
+        return _compiled_scorer(None)
+    return _compiled_scorer(min(places[0].device_set, key=lambda d: d.id))
+
+
+@functools.cache
+def _compiled_scorer(device):
+    """A forward over whole sharded weights is the update's: XLA needs the same options for it."""
+    options = update_compiler_options(device) if device is not None else {}
+    return jax.jit(_score_steps, static_argnames=("prm",), compiler_options=options)
+
+
+def _score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScores:
     scores = prm(params, ids, positions_from_mask(mask), jnp.where(step_mask, score_positions, 0))
     fits = mask.sum(-1) <= getattr(prm, "max_position", mask.shape[1])
     readable = fits & jnp.where(step_mask, jnp.isfinite(scores), True).all(-1)  # [B]

@@ -21,7 +21,7 @@ from scope_jax.models import decoding
 from scope_jax.models.int8 import quantise_weights
 from scope_jax.models.kv_cache import SharedPrompts
 from scope_jax.models.transformer import Transformer, Weight, declare
-from scope_jax.prm import score_steps
+from scope_jax.prm import lower_score_steps
 from scope_jax.records import TrainBatch, TrainState
 from scope_jax.sampling import column_buckets, prefill_chunk, shardings_of_int8
 from scope_jax.sharding import DECODING, TRAINING, shardings, spec
@@ -110,7 +110,7 @@ def score_program(prm, params, mesh, *, rows: int, length: int, steps: int):
         return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=place)
 
     return functools.partial(
-        score_steps.lower, prm, params, array(length, jnp.int32), array(length, jnp.bool_),
+        lower_score_steps, prm, params, array(length, jnp.int32), array(length, jnp.bool_),
         array(steps, jnp.int32), array(steps, jnp.bool_),
     )  # fmt: skip
 
