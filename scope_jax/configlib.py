@@ -183,14 +183,14 @@ def load_object(reference: str, kind: str) -> Callable:
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict | dict) -> None:
     """Writes config.json into a new workdir, or checks that the one there is of the same run.
 
-    `total_steps`, `log`, `eval`, `checkpoint` and `mesh` may differ: they do not change what was
+    `total_steps`, `log`, `eval`, `checkpoint`, `checks` and `mesh` may differ: they do not change what was
     trained.
 
     Raises:
       InputError: the workdir belongs to another config (the first differing key is named); nothing
       is written then.
     """
-    free = ("total_steps", "log", "eval", "checkpoint", "mesh")
+    free = ("total_steps", "log", "eval", "checkpoint", "checks", "mesh")
     file = workdir / "config.json"
     new = config if isinstance(config, dict) else json.loads(config.to_json())
     if file.exists():

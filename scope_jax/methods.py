@@ -145,7 +145,20 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "ood": True,
             },
-            "checkpoint": {"every": 50, "keep": 2},
+            "checkpoint": {
+                "every": 50,  # steps
+                "keep": 2,  # of the newest
+                "keep_every": 0,  # those of steps that it divides stay for good; 0 = none
+                # after SIGTERM, for the step to end and be saved (Google Cloud gives 30)
+                "grace_seconds": 25.0,
+            },
+            # What ends a run with the reason; 0 = it is only counted
+            "checks": {
+                "max_skipped": 3,  # steps in a row whose update was not finite
+                "max_logp_gap": 0.0,  # of sampler and trainer, where it is measured
+                "max_recompiles": 0,  # after the first step
+                "spike_factor": 10.0,  # gradient norm over its running median: flagged
+            },
             "log": {"rollout_groups": 2, "rollouts_every": 10, "diversity_every": 10},
         }
     )

@@ -36,6 +36,10 @@ COLUMNS = (  # heading, metric, format
     ("mfu", "mfu/update", "{:>6.1%}"),
     ("sec", "seconds/step", "{:>5.2f}"),
 )
+SUMMED = (  # of a run's steps, for the table at its end
+    "policy_tokens", "teacher_tokens", "corrections/made", "corrections/accepted", "seconds/step",
+)  # fmt: skip
+RECENT, OF_RECENT = 64, ("step", "grad_norm", "skipped")
 # Means over some of a process's rows, and how many these were.
 MEANS_OVER = {
     "corrections/correct_share": "corrections/made",
@@ -123,10 +127,16 @@ class Writer:
     WORKDIR/rollouts, lines to stdout. Of several processes the first one writes, the others' writer
     does nothing.
 
+    A run that goes on takes up what the workdir's metrics.jsonl says of the steps before.
+
     Args:
       workdir: of the run.
       start_step: steps already done; lines of metrics.jsonl beyond it (of an interrupted run) are
         dropped.
+    Attributes:
+      recent: {"step", "grad_norm", "skipped"} of the last RECENT training steps, oldest first.
+      before: the run's first evaluation, None if there is none yet.
+      evaluated: the step of the last one, -1 if there is none. All the same in every process.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int = 0):
@@ -137,15 +147,35 @@ class Writer:
         self._sums = collections.Counter()
         self._file = workdir / "metrics.jsonl"
         self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), flush_secs=30, write_to_disk=not self._silent
-        )
-        if self._silent:
-            return
+            str(workdir / "tensorboard"), flush_secs=30, write_to_disk=not self._silent,
+            purge_step=start_step + 1 if start_step else None,
+        )  # fmt: skip
+        rows = [] if self._silent else self._take_up(start_step)
+        evaluations = [row for row in rows if "eval/k" in row]
+        recent = [row for row in rows if "eval/k" not in row][-RECENT:]
+        found = {
+            "recent": [{key: row.get(key) for key in OF_RECENT} for row in recent],
+            "before": evaluations[0] if evaluations else None,
+            "evaluated": evaluations[-1]["step"] if evaluations else -1,
+        }
+        found = all_hosts(found)[0]  # the others may not see the first one's files
+        self.recent, self.before, self.evaluated = found.values()
+
+    def _take_up(self, start_step: int) -> list[dict]:
+        """Drops the lines beyond a step; returns the others' rows."""
+        rows = []
         if self._file.exists():
-            lines = self._file.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= start_step]
-            self._file.write_text("".join(f"{line}\n" for line in kept))
-        (workdir / "rollouts").mkdir(exist_ok=True)
+            lines = self._file.read_text(errors="replace").splitlines()
+            rows = [row for row in map(_parse, lines) if row and row["step"] <= start_step]
+            _replace(self._file, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            if "eval/k" not in row:
+                self._add_up(row)
+        (self.workdir / "rollouts").mkdir(exist_ok=True)
+        for file in (self.workdir / "rollouts").glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > start_step:
+                file.unlink()
+        return rows
 
     def write(self, step: int, metrics: dict) -> None:
         """Appends one row of scalars; a value that is not finite is written as null."""
@@ -162,19 +192,12 @@ class Writer:
         """Writes a training step's row and prints its line, with the headings every 20 lines.
 
         Args:
-          metrics: of this process; `over_hosts` puts them together.
+          metrics: of all processes, see `over_hosts`.
         """
-        metrics = over_hosts(metrics)
         self.write(step, metrics)
-        summed = (
-            "policy_tokens",
-            "teacher_tokens",
-            "corrections/made",
-            "corrections/accepted",
-            "seconds/step",
-        )
-        self._sums.update({key: float(metrics[key]) for key in summed if key in metrics})
-        self._sums["steps"] += 1
+        self._add_up(metrics)
+        row = {"step": step} | {key: _finite(metrics[key]) for key in OF_RECENT if key in metrics}
+        self.recent = [*self.recent, row][-RECENT:]
         if self._lines % 20 == 0:
             self.console.print(
                 "  ".join(f"{name:>{_width(form)}}" for name, _, form in COLUMNS), style="bold"
@@ -187,13 +210,17 @@ class Writer:
         ]
         self.console.print("  ".join(cells))
 
-    def evaluation(self, step: int, results: dict[str, float]) -> dict[str, float]:
-        """Writes an evaluation's row and prints its line; returns the results."""
+    def _add_up(self, row: dict) -> None:
+        self._sums.update({key: float(row[key]) for key in SUMMED if row.get(key) is not None})
+        self._sums["steps"] += 1
+
+    def evaluation(self, step: int, results: dict[str, float]) -> None:
+        """Writes an evaluation's row and prints its line."""
         self.write(step, results)
+        self.before, self.evaluated = self.before or results, step
         shown = (f"{key.removeprefix('eval/')} {x:.3f}" for key, x in results.items() if "@" in key)
         text = f"eval at step {step}: {'  '.join(shown)}  (k = {results['eval/k']:.0f})"
         self.say(text, style="cyan")
-        return results
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style or None, markup=False)
@@ -206,10 +233,11 @@ class Writer:
         text = "".join(json.dumps(record) + "\n" for record in records)
         (self.workdir / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
 
-    def finish(self, before: dict[str, float], after: dict[str, float], recompiles: int) -> None:
+    def finish(self, after: dict[str, float], recompiles: int) -> None:
         """Prints the end tables: evaluation before and after, and what the run did; closes the
         files.
         """
+        before = self.before or after
         table = Table(title="evaluation", title_justify="left", header_style="bold")
         table.add_column("metric")
         for heading in ("before", "after", "change"):
@@ -304,7 +332,7 @@ def over_hosts(metrics: dict) -> dict:
     together = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
-        if key.startswith("seconds/") or key in ("recompiles", "hbm_peak_gib"):
+        if key.startswith("seconds/") or key in ("recompiles", "hbm_peak_gib", "skipped", "logp_gap"):
             together[key] = max(values)
         elif key.startswith("tokens_per_s/") or isinstance(value, int):
             together[key] = sum(values)
@@ -337,9 +365,17 @@ def _finite(value) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _step_of(line: str) -> float:
-    """Returns the step of a metrics line; a torn line of a killed run is beyond every step."""
+def _parse(line: str) -> dict | None:
+    """Returns a metrics line's row; None for a torn line of a killed run."""
     try:
-        return json.loads(line)["step"]
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) else None
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        return None
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(text)
+    new.replace(file)

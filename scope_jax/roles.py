@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object, lora_options
-from scope_jax.data import decode_steps, render_prompt, tokenize_prompts
+from scope_jax.data import decode_steps, prompt_iterator, render_prompt, tokenize_prompts
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
+from scope_jax.metrics import Timer
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.models.lora import make_lora, merge
 from scope_jax.models.transformer import REMAT, TransformerConfig, declare, init_lora
@@ -23,10 +25,19 @@ from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import InputError, Prompts
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
-from scope_jax.sharding import DECODING, make_meshes, own_rows, put_batch, replicate, shardings
+from scope_jax.sharding import (
+    DECODING,
+    host_part,
+    make_meshes,
+    own_rows,
+    put_batch,
+    replicate,
+    shardings,
+)
 from scope_jax.splicing import INSERT
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
+from scope_jax.update import make_optimizer, reference
 
 # Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
 BUCKET_FACTOR = 2
@@ -50,6 +61,42 @@ class Policy(NamedTuple):
     @property
     def pad_id(self) -> int:
         return self.ends["pad_id"]
+
+
+class Run(NamedTuple):
+    """What does not change during a run."""
+
+    policy: Policy
+    scorer: Scorer | None  # None where nothing reads step scores
+    teacher: Teacher | None  # None where nothing is repaired
+    optimizer: optax.GradientTransformation
+    ref_params: Any  # None unless kl_coef > 0
+    seed_key: jax.Array
+    timer: Timer
+
+
+def load_run(config: ConfigDict) -> tuple[Run, Any, Any]:
+    """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
+    policy, params = load_policy(config)
+    problems = policy.problems("train")
+    data = prompt_iterator(
+        problems, batch_size=config.data.prompts_per_step, seed=config.seed,
+        part=host_part(policy.mesh),
+    )  # fmt: skip
+    # A prompt that does not fit stops the run before it starts (of a task's: the first one).
+    policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
+    run = Run(
+        policy=policy,
+        scorer=load_scorer(config, policy, params),
+        teacher=load_teacher(config, policy),
+        optimizer=make_optimizer(
+            config.total_steps * config.learn.mini_batches, **config.optimizer
+        ),
+        ref_params=reference(params) if config.loss.kl_coef else None,
+        seed_key=jax.random.key(config.seed),
+        timer=Timer(),
+    )
+    return run, params, data
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Any]:

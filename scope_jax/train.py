@@ -22,40 +22,30 @@ import functools
 import pathlib
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from scope_jax import checkpoint, metrics
+from scope_jax import checkpoint, checks, metrics
 from scope_jax.configlib import claim_workdir, load_config, one_line_errors
-from scope_jax.data import decode_completions, prompt_iterator
+from scope_jax.data import decode_completions
 from scope_jax.evaluate import evaluate_policy
-from scope_jax.hosts import join_hosts, on_first_host, shared_errors
+from scope_jax.hosts import all_hosts, join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
 from scope_jax.losses import assign_credit
+from scope_jax.preemption import Preemption
 from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, TrainBatch, TrainState
 from scope_jax.rewards import score_completions
-from scope_jax.roles import Policy, describe, load_policy, load_scorer, load_teacher
+from scope_jax.roles import Run, describe, load_run
 from scope_jax.sampling import decoding_layout, generate
-from scope_jax.sharding import host_part, own_rows, put_batch, replicate
+from scope_jax.sharding import own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.steps import segment_steps
-from scope_jax.update import init_state, make_optimizer, put_minis, reference, update_policy
+from scope_jax.update import init_state, put_minis, update_policy
 
 Rows = dict[str, Any]
-
-
-class Run(NamedTuple):
-    """What does not change during a run."""
-
-    policy: Policy
-    scorer: Any  # None where nothing reads step scores
-    teacher: Any  # None where nothing is repaired
-    optimizer: Any
-    ref_params: Any  # None unless kl_coef > 0
-    timer: metrics.Timer
 
 
 @functools.partial(jax.jit, static_argnames="attempts")
@@ -128,11 +118,12 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     solved_at = config.reward.solved_at
     step_ends, scores, step_mask, counts = score(run, config, rows, records)
     columns = (rows["rewards"], rows["finished"], scores, step_ends, step_mask)
+    spared = options.keep_last_wrong and options.insert != "append"
+    spared = spared and config.advantages.baseline == "group"  # else the group may get all right
     plan = plan_corrections(
         *put_batch(columns, mesh), (locate_key, insert_key), group_size=size, solved_at=solved_at,
         n_correct=options.n_correct, replace_random=options.insert == "replace_random_wrong",
-        spare_last_wrong=options.keep_last_wrong and options.insert != "append"
-        and config.advantages.baseline == "group", **config.locate, **config.select,
+        spare_last_wrong=spared, **config.locate, **config.select,
     )  # fmt: skip
     first_error, chosen, is_real, kept, targets = own_rows(plan, mesh)
     chosen, targets = chosen % len(first_error), targets % len(first_error)  # among our own rows
@@ -163,6 +154,9 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     repaired = insert_rows(
         rows, fixed, targets=targets, accepted=accepted, group_size=size, insert=options.insert
     )
+    checks.check_splices(rows, fixed, chosen, kept, accepted)
+    if spared:
+        checks.check_groups(rows["rewards"], repaired["rewards"], solved_at, size)
     wrong = rows["rewards"] < solved_at
     counts["teacher/alignment_failed"] = unaligned
     plan = first_error, chosen, is_real
@@ -205,6 +199,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
         )
         infos = jax.device_get(infos)
     measured = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
+    measured["skipped"] = int(sum(info.get("skipped",0) for info in infos))
     measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
     measured["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
     return state, measured
@@ -213,71 +208,86 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 # ------------------------------------------------------------------------------ the loop
 
 
+def training_step(run: Run, config: ConfigDict, state: TrainState, records, step: int):
+    """Takes one step; returns (state, rows as sampled, as trained on, trace, metrics)."""
+    on_device = replicate(np.int32(step), run.policy.mesh)
+    sample_key, *repair_keys = step_keys(run.seed_key, on_device, attempts=config.correct.attempts)
+    rows, measured = sample(run, config, state.params, records, sample_key)
+    repaired, trace = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}, None
+    if config.correct.n_correct:
+        repaired, corrections, trace = repair(run, config, rows, records, *repair_keys)
+        measured |= corrections
+    if any(all_hosts(checks.find_non_finite(repaired))):
+        measured["skipped"] = config.learn.mini_batches
+    else:
+        state, learnt = learn(run, config, state, repaired)
+        measured |= learnt
+    return dataclasses.replace(state, step=on_device), rows, repaired, trace, measured
+
+
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
-    """Runs the loop to `total_steps`; returns the last evaluation."""
+    """Runs the loop to `total_steps`, or until SIGTERM; returns the last evaluation."""
     compiles = metrics.CompileCounter()
     with shared_errors():
-        policy, params = load_policy(config)
-        problems, part = policy.problems("train"), host_part(policy.mesh)
-        size, updates = config.data.prompts_per_step, config.total_steps * config.learn.mini_batches
-        data = prompt_iterator(problems, batch_size=size, seed=config.seed, part=part)
-        # A prompt that does not fit stops the run before it starts (of a task's: the first one).
-        policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
-        scorer = load_scorer(config, policy, params)
-        optimizer = make_optimizer(updates, **config.optimizer)
-        ref_params = reference(params) if config.loss.kl_coef else None
-        teacher = load_teacher(config, policy)
-    run = Run(policy, scorer, teacher, optimizer, ref_params, metrics.Timer())
+        run, params, data = load_run(config)
     on_first_host(claim_workdir, workdir, config)
+    policy, mesh = run.policy, run.policy.mesh
 
-    # Where to start: 1. the workdir's newest checkpoint; 2. model.path.
-    checkpoints = checkpoint.open_checkpoints(workdir, keep=config.checkpoint.keep)
-    state, start = init_state(optimizer, params), 0
+    # Where to start: 1. the workdir's newest checkpoint that is whole; 2. model.path.
+    kept = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
+    checkpoints = checkpoint.open_checkpoints(workdir, **kept)
+    state, start = init_state(run.optimizer, params), 0
     if (restored := checkpoint.restore(checkpoints, state)) is not None:
         state, data_state = restored
         data.set_state(data_state)
         start = int(state.step)
-    if start >= config.total_steps:
-        raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
     writer = metrics.Writer(workdir, start)
+    if start >= config.total_steps and writer.evaluated == start:
+        raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
     writer.say(describe(config, policy, params, start))
 
-    seed_key, recompiles = jax.random.key(config.seed), 0
-    before = after = writer.evaluation(start, evaluate_policy(policy, state.params, config))
-    for step in range(start + 1, config.total_steps + 1):
-        began, compiled = time.perf_counter(), compiles.count
-        no_hidden_copies = jax.transfer_guard_host_to_device("disallow")
-        with no_hidden_copies, jax.transfer_guard_device_to_host("disallow"):
-            records = next(data)
-            on_device = replicate(np.int32(step), policy.mesh)
-            keys = step_keys(seed_key, on_device, attempts=config.correct.attempts)
-            rows, measured = sample(run, config, state.params, records, keys[0])
-            repaired, trace = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}, None
-            if config.correct.n_correct:
-                repaired, corrections, trace = repair(run, config, rows, records, *keys[1:])
-                measured |= corrections
-            state, learnt = learn(run, config, state, repaired)
-            state = dataclasses.replace(state, step=on_device)
-        run.timer.seconds["step"] = time.perf_counter() - began
-        recompiles += compiles.count - compiled if step > start + 1 else 0
-        tokens = {"sample": rows["mask"].sum(), "update": repaired["mask"].sum()}
-        speeds = run.timer.flush(**tokens, teach=measured.get("teacher_tokens", 0))
-        measured |= learnt | speeds | metrics.utilisation(policy.model, rows, repaired, speeds)
-        measured["recompiles"] = recompiles
-        if step % config.log.diversity_every == 0:
-            texts = decode_completions(policy.tokenizer, rows["ids"], rows["mask"])
-            measured |= metrics.mean_diversity(texts, config.sample.group_size)
-        writer.step(step, measured)
-        if step % config.log.rollouts_every == 0:
-            groups = config.log.rollout_groups
-            writer.rollouts(step, rows, trace, records, policy.tokenizer, groups=groups)
-        last = step == config.total_steps
-        if last or step % config.checkpoint.every == 0:
-            checkpoint.save(checkpoints, step, state, data.get_state())
-        if last or (config.eval.every and step % config.eval.every == 0):
-            after = writer.evaluation(step, evaluate_policy(policy, state.params, config))
-    checkpoints.close()  # waits for the last save
-    writer.finish(before, after, recompiles)
+    recompiles, after, last, every = 0, {}, config.total_steps, config.eval.every
+    evaluates = lambda step: step in (0, last) or (every and step % every == 0)  # noqa: E731
+    if evaluates(start) and writer.evaluated != start:
+        writer.evaluation(start, after := evaluate_policy(policy, state.params, config))
+    with Preemption(config.checkpoint.grace_seconds) as preemption:
+        for step in range(start + 1, last + 1):
+            began, compiled = time.perf_counter(), compiles.count
+            no_hidden_copies = jax.transfer_guard_host_to_device("disallow")
+            with no_hidden_copies, jax.transfer_guard_device_to_host("disallow"):
+                state, *of_step = training_step(run, config, state, records := next(data), step)
+            rows, trained, trace, measured = of_step
+            run.timer.seconds["step"] = time.perf_counter() - began
+            recompiles += compiles.count - compiled if step > start + 1 else 0
+            tokens = {"sample": rows["mask"].sum(), "update": trained["mask"].sum()}
+            speeds = run.timer.flush(**tokens, teach=measured.get("teacher_tokens", 0))
+            measured |= speeds | metrics.utilisation(policy.model, rows, trained, speeds)
+            measured["recompiles"] = recompiles
+            if step % config.log.diversity_every == 0:
+                texts = decode_completions(policy.tokenizer, rows["ids"], rows["mask"])
+                measured |= metrics.mean_diversity(texts, config.sample.group_size)
+            measured = metrics.over_hosts(measured)
+            measured["spike"] = checks.gradient_spike(measured, writer.recent, **config.checks)
+            checkpoint.settle(checkpoints)  # the last save ran beside this step
+            writer.step(step, measured)
+            if step % config.log.rollouts_every == 0:
+                groups = config.log.rollout_groups
+                writer.rollouts(step, rows, trace, records, policy.tokenizer, groups=groups)
+            if measured["skipped"]:
+                checks.dump_batch(workdir / "non_finite" / f"step_{step:06d}", trained, measured)
+            checks.stop_if_broken(measured, writer.recent, **config.checks)
+            stopping = preemption.anywhere()
+            if step == last or stopping or step % config.checkpoint.every == 0:
+                checkpoint.save(checkpoints, step, state, data.get_state())
+            if stopping:
+                checkpoint.settle(checkpoints)
+                writer.say(f"SIGTERM: saved after step {step}; the same command goes on from here")
+                return after
+            if evaluates(step):
+                writer.evaluation(step, after := evaluate_policy(policy, state.params, config))
+    checkpoint.settle(checkpoints)
+    checkpoints.close()
+    writer.finish(after, recompiles)
     return after
 
 

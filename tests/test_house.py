@@ -16,7 +16,8 @@ FLOORS = [
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
-    + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"],
+    + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"]
+    + ["preemption"],
     ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
     + ["programs", "plan"],
     ["train"],
