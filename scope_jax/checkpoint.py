@@ -11,6 +11,7 @@ Paths go through Orbax and etils' `epath`, gs:// too; only local files are teste
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,21 +25,36 @@ from scope_jax.records import InputError, TrainState
 from scope_jax.sharding import fetch
 
 
-def open_checkpoints(workdir, *, keep: int = 2, keep_every: int = 0) -> ocp.CheckpointManager:
+def open_checkpoints(
+    workdir, *, keep: int = 2, keep_every: int = 0, clear: bool = False
+) -> ocp.CheckpointManager:
     """Returns the manager of WORKDIR/checkpoints; saves are asynchronous.
 
     Args:
       keep: so many of the newest stay.
       keep_every: those of steps that it divides stay, too; 0 = none.
+      clear: deletes what a killed process left unfinished. For the run that writes there alone: it
+        would delete a save in progress of another one. All processes must call it.
     """
+    folder = epath.Path(workdir) / "checkpoints"
+    folder = folder if "://" in str(workdir) else folder.absolute()
+    # An error of the thread that writes is raised in the caller, too.
+    logging.getLogger("absl").addFilter(_not_of_the_writing_thread)
+    if clear:  # not by Orbax's option, which may delete in the background what is being saved
+        on_first_host(_clear, folder)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, keep_period=keep_every or None, create=True,
-        cleanup_tmp_directories=True,
-    )  # fmt: skip
-    path = epath.Path(workdir) / "checkpoints"
-    return ocp.CheckpointManager(
-        path if "://" in str(workdir) else path.absolute(), options=options
+        max_to_keep=keep, keep_period=keep_every or None, create=True
     )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _not_of_the_writing_thread(record: logging.LogRecord) -> bool:
+    return "_SignalingThread" not in record.getMessage()
+
+
+def _clear(folder: epath.Path) -> None:
+    for unfinished in folder.glob("*.orbax-checkpoint-tmp*") if folder.is_dir() else ():
+        unfinished.rmtree()
 
 
 def save(
@@ -189,6 +205,8 @@ def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # TensorStore's own, OSError, Orbax's: all mean that it is not there
+        # Each of its arrays could not be written either; that is said once, below.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         good = max(manager.all_steps(read=True), default=None)
         left = f"the last good one is of step {good}" if good else "there is none before it"

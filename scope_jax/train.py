@@ -235,7 +235,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
 
     # Where to start: 1. the workdir's newest checkpoint that is whole; 2. model.path.
     kept = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
-    checkpoints = checkpoint.open_checkpoints(workdir, **kept)
+    checkpoints = checkpoint.open_checkpoints(workdir, **kept, clear=True)
     state, start = init_state(run.optimizer, params), 0
     if (restored := checkpoint.restore(checkpoints, state)) is not None:
         state, data_state = restored

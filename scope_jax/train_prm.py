@@ -364,7 +364,7 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
         warmup_steps=args.total_steps // 20, end_factor=0.1,
     )  # fmt: skip
     lengths = np.array([len(item.ids) for item, _ in examples])
-    manager = checkpoint.open_checkpoints(args.workdir, keep=2)
+    manager = checkpoint.open_checkpoints(args.workdir, clear=True)
     if args.probe and manager.latest_step() is None:
         first = epoch_batches(lengths, args.rows, args.seed, 0)[: -(-args.probe // args.rows)]
         batches = [make_batch([examples[i] for i in rows]) for rows in first]
@@ -400,7 +400,8 @@ def train_prm(args: argparse.Namespace) -> dict[str, float]:
             writer.write(done, results)
             writer.say("held out  " + "  ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
             began = time.perf_counter()
-    manager.close()  # waits for the last save
+    checkpoint.settle(manager)
+    manager.close()
     params = join(state.params, frozen, stacked=True)
     save_prm(args.workdir / "prm", prm, params, tokenizer)
     writer.say(f"the PRM is in {args.workdir / 'prm'}")

@@ -207,7 +207,8 @@ def test_a_save_that_died_is_no_checkpoint(tmp_path):
     blank = saved(tmp_path, 20)
     unfinished = tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "20", unfinished)
-    manager = checkpoint.open_checkpoints(tmp_path)
-    assert checkpoint.restore(manager, blank)[1] == {"next_index": 20}
-    manager.close()
-    assert not unfinished.exists()
+    for clear in (False, True):
+        manager = checkpoint.open_checkpoints(tmp_path, clear=clear)
+        assert checkpoint.restore(manager, blank)[1] == {"next_index": 20}
+        manager.close()
+        assert unfinished.exists() is not clear

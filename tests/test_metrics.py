@@ -31,13 +31,13 @@ def test_metrics_are_one_json_object_a_step_and_numbers_json_cannot_hold_are_nul
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert strict == [{"step": 1, "loss": 0.5, "kl": None, "made": 3.0}, {"step": 2, "loss": None}]
-    writer.finish({}, {}, 0)
+    writer.finish({}, 0)
 
 
 def test_lines_after_the_checkpoint_and_a_torn_line_are_dropped_on_resume(tmp_path):
     whole = "".join(json.dumps({"step": step}) + "\n" for step in range(5))
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 5, "lo')
-    Writer(tmp_path, start_step=3).finish({}, {}, 0)
+    Writer(tmp_path, start_step=3).finish({}, 0)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
 
@@ -48,16 +48,37 @@ def test_the_progress_line_shows_what_a_step_did(tmp_path, capsys):
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split()[:4] == ["step", "reward", "solved", "signal"]
     assert line.split()[:3] == ["7", "0.250", "-"] and "3/4" in line
-    writer.finish({}, {}, 0)
+    writer.finish({}, 0)
 
 
 def test_the_end_table_compares_before_and_after(tmp_path, capsys):
     writer = Writer(tmp_path)
     writer.step(1, {"corrections/made": 4, "corrections/accepted": 3, "seconds/step": 2.0})
-    writer.finish({"eval/pass@1": 0.25}, {"eval/pass@1": 0.75, "eval/k": 8.0}, 0)
+    for step, right in ((0, 0.25), (1, 0.75)):
+        writer.evaluation(step, results := {"eval/pass@1": right, "eval/k": 8.0})
+    writer.finish(results, 0)
     printed = capsys.readouterr().out
     assert "0.250" in printed and "0.750" in printed and "+0.500" in printed
     assert "3 / 4 (75%)" in printed and "recompilations after warm-up" in printed
+
+
+def test_a_writer_takes_up_what_the_run_wrote_before(tmp_path, capsys):
+    writer = Writer(tmp_path)
+    writer.evaluation(0, {"eval/pass@1": 0.25, "eval/k": 8.0})
+    for step in (1, 2, 3):
+        writer.step(step, {"grad_norm": step / 2, "skipped": 0, "corrections/made": 4})
+        writer.rollouts(step, {"record": np.zeros(0)}, None, [], Characters, groups=0)
+    assert (writer.before["eval/pass@1"], writer.evaluated) == (0.25, 0)
+    writer.finish({}, 0)
+    again = Writer(tmp_path, start_step=2)
+    assert again.recent == [{"step": s, "grad_norm": s / 2, "skipped": 0} for s in (1, 2)]
+    assert (again.before["eval/pass@1"], again.evaluated) == (0.25, 0)
+    assert [p.name for p in sorted((tmp_path / "rollouts").iterdir())][-1] == "step_000002.jsonl"
+    again.evaluation(2, results := {"eval/pass@1": 0.5, "eval/k": 8.0})
+    capsys.readouterr()
+    again.finish(results, 0)
+    printed = capsys.readouterr().out
+    assert "+0.250" in printed and "0 / 8" in printed
 
 
 def test_timers_add_up_and_give_speeds():
@@ -91,7 +112,7 @@ def test_hostile_completions_stay_data_in_the_rollout_files(tmp_path):
     problem = {"id": "a", "problem": "p", "gold": "g"}
     writer = Writer(tmp_path)
     writer.rollouts(3, rows, None, [problem], Characters, groups=1)
-    writer.finish({}, {}, 0)
+    writer.finish({}, 0)
     (line,) = (tmp_path / "rollouts" / "step_000003.jsonl").read_text().splitlines()
     assert json.loads(line)["completion"] == text
 
