@@ -316,8 +316,10 @@ def train_step(
         of a prompt, see `completion_logps`; a part holds whole groups. The others are
         `batch_loss`'s.
     Returns:
-      (new state, dict of [] float32: loss, grad_norm, update_norm, `batch_loss`'s diagnostics, and
-      update/padding: which share of the positions that were computed is padding).
+      (new state, dict of [] float32: loss, grad_norm, update_norm, `batch_loss`'s diagnostics,
+      update/padding: which share of the positions that were computed is padding, and skipped, []
+      int32: 1 where the loss or the gradient's norm is not finite; params and opt_state, its
+      schedule's count too, are then what they were, and the norms are reported as they came out).
     """
     step_fn, state, frozen = _step_for(state, batch, options)
     state, info = step_fn(model, optimizer, state, frozen, batch, **options)
@@ -400,7 +402,11 @@ def _train_step(
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
     }
-    return TrainState(params=params, opt_state=opt_state, step=state.step), {**info, **norms}
+    finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+    moved, old = (params, opt_state), (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, old)
+    info |= norms | {"skipped": 1 - finite.astype(jnp.int32)}
+    return TrainState(params=params, opt_state=opt_state, step=state.step), info
 
 
 def groups_stay_whole(by_row, group_size: int, micro_batches: int) -> bool:

@@ -377,6 +377,28 @@ def test_reference_of_other_runs_is_a_copy_that_an_update_does_not_donate():
     assert ref["w"] is not params["w"]
 
 
+def test_lora_update_that_is_not_finite_is_skipped():
+    optimizer = make_optimizer(10, learning_rate=1e-2, mu_dtype="bfloat16")
+    batch, model = random_batch(), Transformer(QWEN2)
+    row, at = np.argwhere(batch.token_source == POLICY)[0]
+    advantages = batch.advantages.copy()
+    advantages[row, at] = np.inf
+    state = new_state(optimizer)
+    before = jax.device_get((state.params, state.opt_state))
+    base_of = lambda params: {k: v for k, v in params.items() if k != "lora"}  # noqa: E731
+    held = jax.tree.leaves(base_of(state.params))
+    bad = dataclasses.replace(batch, advantages=advantages)
+    state, info = train_step(model, optimizer, state, bad)
+    chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), before)
+    assert info["skipped"] == 1
+    state, info = train_step(model, optimizer, state, batch)
+    assert info["skipped"] == 0 and not np.array_equal(
+        state.params["lora"]["q"]["b"], before[0]["lora"]["q"]["b"]
+    )
+    after = jax.tree.leaves(base_of(state.params))
+    assert all(x is y for x, y in zip(after, held, strict=True))  # not even copied
+
+
 @pytest.mark.parametrize("dtypes", [("bfloat16", ""), ("", "bfloat16"), ("bfloat16", "bfloat16")])
 def test_moments_in_bfloat16_stay_near_those_in_float32(dtypes):
     options = {"learning_rate": 1e-2, "b2": 0.95}

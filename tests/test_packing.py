@@ -402,6 +402,21 @@ def test_packed_update_of_no_token_moves_nothing():
     assert info["loss"] == 0 and info["grad_norm"] == 0 and info["update/padding"] == 0
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_packed_update_that_is_not_finite_is_skipped(parts):
+    batch = random_batch(0)
+    row, at = np.argwhere(batch.token_source == POLICY)[-1]
+    advantages = batch.advantages.copy()
+    advantages[row, at] = np.nan
+    bad = packed(dataclasses.replace(batch, advantages=advantages), parts)
+    params, info = step(bad, micro_batches=parts)
+    chex.assert_trees_all_equal(params, PARAMS)
+    assert info["skipped"] == 1 and np.isnan(info["grad_norm"])
+    params, info = step(packed(batch, parts), micro_batches=parts)
+    assert info["skipped"] == 0 and np.isfinite(info["grad_norm"])
+    assert np.any(params["embed"] != PARAMS["embed"])
+
+
 def test_packed_update_with_a_sliding_window_is_the_unpacked_one():
     model = Transformer(dataclasses.replace(MODEL.config, sliding_window=3, remat="full"))
     batch = random_batch(0)

@@ -18,6 +18,7 @@ from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch, Trai
 from scope_jax.sampling import generate
 from scope_jax.sharding import make_mesh, put_batch, replicate, shardings, split_rows
 from scope_jax.update import (
+    batch_loss,
     completion_logps,
     init_state,
     make_optimizer,
@@ -538,3 +539,105 @@ def test_rewarded_tokens_become_likelier_and_the_loss_falls(source):
     after, _ = score(Bigram(), state.params, batch, temperature=TEMPERATURE)
     in_loss = batch.token_source != PAD
     assert (np.asarray(after) - np.asarray(logps))[in_loss].mean() > 0.01
+
+
+# --- Updates that are not finite ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cracked(Bigram):
+    """Where `crack` is 0 its gradient, and nothing else, is NaN: 0 * d sqrt(0)."""
+
+    def unembed(self, params):
+        return params["unembed"] + 0 * jnp.sqrt(params["crack"])
+
+
+MOMENTS = [
+    {},
+    {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "b2": 0.9, "schedule": "linear"},
+    {"warmup_steps": 3, "schedule": "cosine"},
+]
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def spoilt(batch, row, value):
+    """The batch with one token's advantage changed; row 1's lies in the second of two parts."""
+    at = np.flatnonzero(batch.token_source[row] == POLICY)[0]
+    advantages = batch.advantages.copy()
+    advantages[row, at] = value
+    return dataclasses.replace(batch, advantages=advantages)
+
+
+def check_skipped(model, optimizer, params, batch, healthy, **options):
+    """Takes a good, a bad and a good update: the bad one leaves no trace."""
+    first = init_state(optimizer, jax.tree.map(jnp.array, params))
+    first, info = train_step(model, optimizer, first, healthy, **LOSS, **options)
+    assert int(info["skipped"]) == 0
+    before = bits((first.params, first.opt_state))
+    second, bad = train_step(model, optimizer, first, batch, **LOSS, **options)
+    assert bits((second.params, second.opt_state)) == before
+    assert bad["skipped"].dtype == jnp.int32 and int(bad["skipped"]) == 1
+    assert not np.isfinite(bad["grad_norm"])
+    third, info = train_step(model, optimizer, second, healthy, **LOSS, **options)
+    assert int(info["skipped"]) == 0
+    assert bits((third.params, third.opt_state)) != before
+    return bad, third
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_update_whose_loss_is_not_finite_is_skipped(moments, micro_batches):
+    optimizer = make_optimizer(10, learning_rate=0.1, **moments)
+    params, healthy = bigram_params(), random_batch(0)
+    params["unembed"][0, 0] = -0.0  # keeps its sign too
+    for value in (np.nan, np.inf):
+        bad, last = check_skipped(
+            Bigram(), optimizer, params, spoilt(healthy, 1, value), healthy,
+            micro_batches=micro_batches,
+        )  # fmt: skip
+        assert not np.isfinite(bad["loss"])
+        counts = [x for x in jax.tree.leaves(last.opt_state) if x.dtype == jnp.int32]
+        assert counts and all(int(x) == 2 for x in counts)  # of three updates
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_update_with_one_leaf_of_the_gradient_not_finite_is_skipped(micro_batches):
+    optimizer, batch = make_optimizer(10, learning_rate=0.1), random_batch(0)
+    params = jax.tree.map(jnp.array, {**bigram_params(), "crack": np.zeros((), np.float32)})
+    state = init_state(optimizer, params)
+    before = bits((state.params, state.opt_state))
+    state, info = train_step(
+        Cracked(), optimizer, state, batch, micro_batches=micro_batches, **LOSS
+    )
+    assert bits((state.params, state.opt_state)) == before
+    assert np.isfinite(info["loss"]) and np.isnan(info["grad_norm"])
+    assert int(info["skipped"]) == 1
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_finite_update_is_optaxs_own_bit_for_bit(moments):
+    optimizer, batch = make_optimizer(10, learning_rate=0.1, **moments), random_batch(0)
+
+    @jax.jit
+    def by_hand(params, opt_state):
+        loss = functools.partial(batch_loss, model=Bigram(), batch=batch, **LOSS)
+        (_, _), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state = init_state(optimizer, jax.tree.map(jnp.array, bigram_params()))
+    want = by_hand(jax.device_put(bigram_params()), state.opt_state)
+    state, info = train_step(Bigram(), optimizer, state, batch, **LOSS)
+    assert bits((state.params, state.opt_state)) == bits(want)
+    assert int(info["skipped"]) == 0
+
+
+def test_skipped_updates_of_a_steps_mini_batches_add_up():
+    good, bad = random_batch(0), spoilt(random_batch(0), 1, np.nan)
+    want, _ = updates([good, good])
+    found, infos = updates([bad, good, bad, good])
+    assert sum(info["skipped"] for info in infos) == 2
+    chex.assert_trees_all_equal(found, want)
