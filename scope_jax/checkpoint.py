@@ -11,7 +11,6 @@ Paths go through Orbax and etils' `epath`, gs:// too; only local files are teste
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,18 +37,12 @@ def open_checkpoints(
     """
     folder = epath.Path(workdir) / "checkpoints"
     folder = folder if "://" in str(workdir) else folder.absolute()
-    # An error of the thread that writes is raised in the caller, too.
-    logging.getLogger("absl").addFilter(_not_of_the_writing_thread)
     if clear:  # not by Orbax's option, which may delete in the background what is being saved
         on_first_host(_clear, folder)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=keep_every or None, create=True
     )
     return ocp.CheckpointManager(folder, options=options)
-
-
-def _not_of_the_writing_thread(record: logging.LogRecord) -> bool:
-    return "_SignalingThread" not in record.getMessage()
 
 
 def _clear(folder: epath.Path) -> None:
@@ -110,7 +103,7 @@ def restore(
         try:
             found = _read(manager, state, number)
         except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = _line(error)
         if reason := next(filter(None, all_hosts(reason)), None):
             damaged[number] = reason
             continue
@@ -159,7 +152,7 @@ def restore_params(workdir, params, step: int | None = None):
             found = reader.restore(manager.directory / str(step) / "state", args=args)
         _compare(sums, found["params"], ".params")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = _line(error)
         others = ", ".join(str(s) for s in steps if s != step)
         raise InputError(
             f"checkpoint {folder / str(step)} is damaged: {reason}"
@@ -199,15 +192,19 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
     (manager.directory / str(step)).rename(folder / f"{step}_{taken}")
 
 
+def _line(error: Exception) -> str:
+    """Returns an error in one line; of a long one what it was about and, at its end, its cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:160]} .. {text[-200:]}"
+
+
 @contextlib.contextmanager
 def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Makes one line of what can go wrong while a checkpoint is written."""
     try:
         yield
     except Exception as error:  # TensorStore's own, OSError, Orbax's: all mean that it is not there
-        # Each of its arrays could not be written either; that is said once, below.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = _line(error)
         good = max(manager.all_steps(read=True), default=None)
         left = f"the last good one is of step {good}" if good else "there is none before it"
         raise InputError(

@@ -1,7 +1,9 @@
-"""Drawing tokens from logits: truncation of the distribution, and the draw itself.
+"""Drawing tokens from logits: truncation of the distribution, and the draw itself; a step's keys.
 
 Pure functions of arrays. B rows, V vocabulary entries. Log-probs are float32 and in nats.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -108,3 +110,11 @@ def truncate(logps: jax.Array, *, top_k: int = 0, top_p=None, min_p=None) -> jax
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[:, None], axis=-1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="attempts")
+def step_keys(seed_key, step, attempts):
+    """Returns a step's keys (sample, locate, insert, [teach ..]), functions of (seed, step)."""
+    step_key = jax.random.fold_in(seed_key, step)
+    keys = [jax.random.fold_in(step_key, purpose) for purpose in range(3 + attempts)]
+    return *keys[:3], keys[3:]

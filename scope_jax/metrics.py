@@ -78,6 +78,18 @@ class Timer:
         return seconds | speeds
 
 
+def speeds(timer: Timer, model, rows, trained, measured: dict) -> dict[str, float]:
+    """Returns a step's seconds and tokens/s by phase, and its `utilisation`; the timer starts over.
+
+    Args:
+      rows, trained: as `utilisation`'s.
+      measured: of the step; "teacher_tokens" is read.
+    """
+    tokens = {"sample": rows["mask"].sum(), "update": trained["mask"].sum()}
+    found = timer.flush(**tokens, teach=measured.get("teacher_tokens", 0))
+    return found | utilisation(model, rows, trained, found)
+
+
 def utilisation(model, rows, trained, seconds: dict[str, float]) -> dict[str, float]:
     """Returns {"mfu/sample", "mfu/update": model flop/s over the devices' peak, "hbm_peak_gib"}.
 
@@ -209,6 +221,10 @@ class Writer:
             for _, key, form in COLUMNS
         ]
         self.console.print("  ".join(cells))
+        if metrics.get("skipped"):
+            self.say(f"step {step}: an update that was not finite was skipped", style="bold red")
+        if metrics.get("spike"):
+            self.say(f"step {step}: a spike, gradient norm {metrics['grad_norm']:.3g}", style="yellow")
 
     def _add_up(self, row: dict) -> None:
         self._sums.update({key: float(row[key]) for key in SUMMED if row.get(key) is not None})
@@ -225,7 +241,7 @@ class Writer:
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style or None, markup=False)
 
-    def rollouts(self, step: int, rows, trace, problems, tokenizer, *, groups: int) -> None:
+    def rollouts(self, step: int, rows, trace, problems, tokenizer, groups: int) -> None:
         """Writes `rollout_records` as JSON lines to rollouts/step_NNNNNN.jsonl."""
         if self._silent:
             return

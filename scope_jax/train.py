@@ -18,7 +18,6 @@ Each process (of several: hosts.py) has its own groups' rows here; the mesh has 
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import sys
 import time
@@ -31,6 +30,7 @@ from ml_collections import ConfigDict
 from scope_jax import checkpoint, checks, metrics
 from scope_jax.configlib import claim_workdir, load_config, one_line_errors
 from scope_jax.data import decode_completions
+from scope_jax.drawing import step_keys
 from scope_jax.evaluate import evaluate_policy
 from scope_jax.hosts import all_hosts, join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
@@ -46,14 +46,6 @@ from scope_jax.steps import segment_steps
 from scope_jax.update import init_state, put_minis, update_policy
 
 Rows = dict[str, Any]
-
-
-@functools.partial(jax.jit, static_argnames="attempts")
-def step_keys(seed_key, step, attempts):
-    """Returns a step's keys (sample, locate, insert, [teach ..]), functions of (seed, step)."""
-    step_key = jax.random.fold_in(seed_key, step)
-    keys = [jax.random.fold_in(step_key, purpose) for purpose in range(3 + attempts)]
-    return *keys[:3], keys[3:]
 
 
 # ------------------------------------------------------------------------------ sample, verify
@@ -199,7 +191,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
         )
         infos = jax.device_get(infos)
     measured = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
-    measured["skipped"] = int(sum(info.get("skipped",0) for info in infos))
+    measured["skipped"] = int(sum(info["skipped"] for info in infos))
     measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
     measured["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
     return state, measured
@@ -210,6 +202,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 
 def training_step(run: Run, config: ConfigDict, state: TrainState, records, step: int):
     """Takes one step; returns (state, rows as sampled, as trained on, trace, metrics)."""
+    checks.check_weights(int(jax.device_get(state.step)), step)
     on_device = replicate(np.int32(step), run.policy.mesh)
     sample_key, *repair_keys = step_keys(run.seed_key, on_device, attempts=config.correct.attempts)
     rows, measured = sample(run, config, state.params, records, sample_key)
@@ -231,7 +224,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     with shared_errors():
         run, params, data = load_run(config)
     on_first_host(claim_workdir, workdir, config)
-    policy, mesh = run.policy, run.policy.mesh
+    policy, shown = run.policy, config.log.rollout_groups
 
     # Where to start: 1. the workdir's newest checkpoint that is whole; 2. model.path.
     kept = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
@@ -259,9 +252,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             rows, trained, trace, measured = of_step
             run.timer.seconds["step"] = time.perf_counter() - began
             recompiles += compiles.count - compiled if step > start + 1 else 0
-            tokens = {"sample": rows["mask"].sum(), "update": trained["mask"].sum()}
-            speeds = run.timer.flush(**tokens, teach=measured.get("teacher_tokens", 0))
-            measured |= speeds | metrics.utilisation(policy.model, rows, trained, speeds)
+            measured |= metrics.speeds(run.timer, policy.model, rows, trained, measured)
             measured["recompiles"] = recompiles
             if step % config.log.diversity_every == 0:
                 texts = decode_completions(policy.tokenizer, rows["ids"], rows["mask"])
@@ -271,8 +262,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             checkpoint.settle(checkpoints)  # the last save ran beside this step
             writer.step(step, measured)
             if step % config.log.rollouts_every == 0:
-                groups = config.log.rollout_groups
-                writer.rollouts(step, rows, trace, records, policy.tokenizer, groups=groups)
+                writer.rollouts(step, rows, trace, records, policy.tokenizer, shown)
             if measured["skipped"]:
                 checks.dump_batch(workdir / "non_finite" / f"step_{step:06d}", trained, measured)
             checks.stop_if_broken(measured, writer.recent, **config.checks)

@@ -66,7 +66,7 @@ def test_a_writer_takes_up_what_the_run_wrote_before(tmp_path, capsys):
     writer = Writer(tmp_path)
     writer.evaluation(0, {"eval/pass@1": 0.25, "eval/k": 8.0})
     for step in (1, 2, 3):
-        writer.step(step, {"grad_norm": step / 2, "skipped": 0, "corrections/made": 4})
+        writer.step(step, {"grad_norm": step / 2, "skipped": 0, "seconds/step": 4.0})
         writer.rollouts(step, {"record": np.zeros(0)}, None, [], Characters, groups=0)
     assert (writer.before["eval/pass@1"], writer.evaluated) == (0.25, 0)
     writer.finish({}, 0)
@@ -78,7 +78,7 @@ def test_a_writer_takes_up_what_the_run_wrote_before(tmp_path, capsys):
     capsys.readouterr()
     again.finish(results, 0)
     printed = capsys.readouterr().out
-    assert "+0.250" in printed and "0 / 8" in printed
+    assert "+0.250" in printed and "seconds per step              4.00" in printed
 
 
 def test_timers_add_up_and_give_speeds():
