@@ -116,9 +116,8 @@ def verify_batch(
     verdicts = [False] * len(golds)
     undecided: dict[_Request, list[int]] = {}
     for i, (gold, completion) in enumerate(zip(golds, completions, strict=True)):
-        marked_gold, marked = extract_answer(gold), extract_answer(completion)
+        truth, marked = read_gold(gold), extract_answer(completion)
         tail = completion[-MAX_CHARS:]
-        truth = _normalise(gold if marked_gold is None else marked_gold)
         answer = _normalise(tail if marked is None else marked)
         if not truth:
             raise ValueError(f"gold {i} has no answer: {gold[:80]!r}")
@@ -170,6 +169,12 @@ def extract_answer(text: str) -> str | None:
     if answer is None and "####" in text:
         answer = text[text.rindex("####") + 4 :].partition("\n")[0]
     return None if answer is None else answer.strip()
+
+
+def read_gold(gold: str) -> str:
+    """Returns what answers are compared with; "" if the gold holds none, which `verify` refuses."""
+    marked = extract_answer(gold)
+    return _normalise(gold if marked is None else marked)
 
 
 def _normalise(answer: str) -> str:
