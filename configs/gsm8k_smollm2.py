@@ -35,6 +35,7 @@ def get_config(arg: str = ""):
         "train_file": "gsm8k_train.jsonl.gz",
         "test_file": "gsm8k_test.jsonl.gz",
         "ood_file": "",
+        "bad_lines": "strict",  # | "skip": bad lines are left out, and counted
     }
     config.reward.fn = "scope_jax.rewards:verify"
     config.prompt.update(template=TEMPLATE, system=SYSTEM)

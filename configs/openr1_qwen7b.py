@@ -26,6 +26,7 @@ def get_config(arg: str = ""):
         "train_file": "openr1_math_46k.jsonl.gz",
         "test_file": "math500.jsonl.gz",
         "ood_file": "",
+        "bad_lines": "strict",  # | "skip": bad lines are left out, and counted
     }
     config.reward.fn = "scope_jax.rewards:verify"
     config.prompt.system = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -17,39 +17,81 @@ import numpy as np
 
 from scope_jax.records import InputError, Prompts
 
+MAX_LINE = 4 << 20  # bytes; a longer line is no row, and is never held whole
 
-def read_jsonl(path) -> list[dict[str, Any]]:
-    """Returns the objects of a .jsonl or .jsonl.gz file.
 
+def read_jsonl(
+    path,
+    parse: Callable[[dict[str, Any]], Any] | None = None,
+    *,
+    skipped: list[dict[str, Any]] | None = None,
+) -> list[Any]:
+    """Returns the objects of a .jsonl or .jsonl.gz file, each with its file:line as "_source".
+
+    Args:
+      path: of the file; blank lines in it do not count.
+      parse: makes of a row what is returned in its place; its InputError is the reason why the line
+        is bad.
+      skipped: bad lines are left out and added here as {"file", "line", "reason"}. If None, the
+        first of them is an error that also says how many more there are.
     Raises:
-      InputError: no such file, a damaged one, or a line that is not a JSON object (file and line
-      number are named).
+      InputError: no such file, a damaged one, a bad line (file and line number are named) or no
+      good one. Bad is what is no JSON object by the standard (NaN is not) in UTF-8, what is longer
+      than MAX_LINE, and what `parse` refuses.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"data file {path} does not exist")
-    rows = []
+    rows, bad = [], []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}:{number}: a JSON object per line expected, got {type(row).__name__}"
-                )
-            rows.append({**row, "_source": f"{path}:{number}"})
+                row = {**_json_object(line), "_source": f"{path}:{number}"}
+                rows.append(row if parse is None else parse(row))
+            except InputError as error:
+                bad.append({"file": str(path), "line": number, "reason": str(error)})
+    if bad and not rows:
+        raise InputError(f"{describe_bad_lines(bad)}" + "; none is good" * (len(bad) > 1))
+    if bad and skipped is None:
+        raise InputError(describe_bad_lines(bad))
     if not rows:
         raise InputError(f"{path} holds no rows")
+    if skipped is not None:
+        skipped += bad
     return rows
 
 
-def _lines(file, path) -> Iterator[bytes]:
+def describe_bad_lines(bad: list[dict[str, Any]]) -> str:
+    """Returns the first of some bad lines, its reason, and how many more there are."""
+    more = f" (and {len(bad) - 1} more bad line{'s' * (len(bad) > 2)})" if len(bad) > 1 else ""
+    return f"{bad[0]['file']}:{bad[0]['line']}: {bad[0]['reason']}{more}"
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE:
+        raise InputError(f"longer than {MAX_LINE:,} bytes")
     try:
-        yield from file
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:  # ValueError: also of bad UTF-8, of 5,000 digits
+        raise InputError(f"not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"a JSON object per line expected, got {type(row).__name__}")
+    return row
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _lines(file, path) -> Iterator[bytes]:
+    """Yields lines; of one that is too long no more than shows that it is."""
+    try:
+        while line := file.readline(MAX_LINE + 1):
+            yield line
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE + 1) or b"\n"
     except (OSError, EOFError, zlib.error) as error:  # gzip's three ways to say it
         raise InputError(f"{path} is damaged: {error}") from None
 

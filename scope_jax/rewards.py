@@ -35,6 +35,7 @@ MAX_NUMBER_CHARS = 40  # longer digits are no plain number; keeps Fraction cheap
 MAX_BARE_CHARS = 200  # an unmarked one-line completion up to this may itself be the answer
 START_SECONDS = 60.0  # `import math_verify` takes 0.7 s, on a busy machine many times that
 WORKER_BYTES = 2 << 30  # address space of one worker
+WORKER_CHECKS = 2000  # after so many a worker makes way for a new one: slow leaks end
 
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # "\\." skips escaped braces
 _DECIMAL = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -56,7 +57,9 @@ class VerifierStats:
 
     checked: int = 0  # pairs that were given to a worker
     timeouts: int = 0  # of these: ran into a time limit and were scored False
+    failed: int = 0  # of these: their worker died twice over them; scored False
     crashes: int = 0  # workers that died
+    recycled: int = 0  # workers that made way for a new one after WORKER_CHECKS checks
 
 
 _STATS = VerifierStats()
@@ -113,9 +116,8 @@ def verify_batch(
     verdicts = [False] * len(golds)
     undecided: dict[_Request, list[int]] = {}
     for i, (gold, completion) in enumerate(zip(golds, completions, strict=True)):
-        marked_gold, marked = extract_answer(gold), extract_answer(completion)
+        truth, marked = read_gold(gold), extract_answer(completion)
         tail = completion[-MAX_CHARS:]
-        truth = _normalise(gold if marked_gold is None else marked_gold)
         answer = _normalise(tail if marked is None else marked)
         if not truth:
             raise ValueError(f"gold {i} has no answer: {gold[:80]!r}")
@@ -167,6 +169,12 @@ def extract_answer(text: str) -> str | None:
     if answer is None and "####" in text:
         answer = text[text.rindex("####") + 4 :].partition("\n")[0]
     return None if answer is None else answer.strip()
+
+
+def read_gold(gold: str) -> str:
+    """Returns what answers are compared with; "" if the gold holds none, which `verify` refuses."""
+    marked = extract_answer(gold)
+    return _normalise(gold if marked is None else marked)
 
 
 def _normalise(answer: str) -> str:
@@ -234,11 +242,12 @@ class _Worker:
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.requests, self.replies = self.process.stdin, self.process.stdout.fileno()
-        self.ready, self.job = False, None
+        self.ready, self.job, self.checks = False, None, 0
         self.deadline = time.monotonic() + START_SECONDS
 
     def send(self, job: int, request: _Request, timeout: float) -> None:
         self.job, self.deadline = job, time.monotonic() + timeout
+        self.checks += 1
         with contextlib.suppress(BrokenPipeError):  # it died: seen when its reply is read
             self.requests.write(json.dumps([*request, timeout]).encode() + b"\n")
             self.requests.flush()
@@ -270,6 +279,7 @@ def _check_in_workers(requests: list[_Request], num_workers: int, timeout: float
             needed = len(todo) + sum(w.job is not None for w in _POOL)
             while len(_POOL) < min(num_workers, needed):
                 _POOL.append(_Worker())
+            _recycle(num_workers)
             for worker in _POOL[:num_workers]:
                 if todo and worker.ready and worker.job is None:
                     job = todo.popleft()
@@ -294,6 +304,8 @@ def _check_in_workers(requests: list[_Request], num_workers: int, timeout: float
                     if job not in retried:  # once more in another worker: it may be innocent
                         retried.add(job)
                         todo.appendleft(job)
+                    else:
+                        _STATS.failed += 1
                 else:
                     verdicts[job] = reply is True
                     _STATS.timeouts += reply in ("timeout", "slow")
@@ -301,6 +313,18 @@ def _check_in_workers(requests: list[_Request], num_workers: int, timeout: float
     finally:  # after an exception or Ctrl-C no later call may read the reply to one of our pairs
         for worker in [w for w in _POOL if w.job is not None]:
             worker.kill()
+
+
+def _recycle(num_workers: int) -> None:
+    """Lets one worn worker go. It works on until the spare one that replaces it is ready."""
+    worn = next((w for w in _POOL[:num_workers] if w.checks >= WORKER_CHECKS), None)
+    if worn is None:
+        return
+    if len(_POOL) <= num_workers:
+        _POOL.append(_Worker())  # gets no pair before it moves up into the first `num_workers`
+    elif worn.job is None and _POOL[num_workers].ready:
+        worn.kill()
+        _STATS.recycled += 1
 
 
 def _started(worker: _Worker, reply: str | bool | None, failed_starts: int) -> int:
@@ -325,6 +349,34 @@ def _stop_workers() -> None:
 # ---- the worker process --------------------------------------------------------------------------
 
 
+def _parse_in_two_stages() -> None:
+    """Makes latex2sympy parse by ANTLR's fast prediction first; most of a check's time is parsing.
+
+    The fast one (SLL) ends in the tree of the full one (LL) or in a syntax error
+    (https://www.antlr.org/papers/allstar-techreport.pdf); after an error the full one has its turn.
+    """
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended import latex2sympy2
+
+    class TwoStages(latex2sympy2._Latex2Sympy):
+        mode = PredictionMode.LL
+
+        def create_parser(self, latex_str):
+            parser = super().create_parser(latex_str)
+            parser._interp.predictionMode = self.mode
+            return parser
+
+        def parse(self, latex_str):
+            self.mode = PredictionMode.SLL
+            try:
+                return super().parse(latex_str)
+            except Exception:  # the time limit's is a BaseException, and passes
+                self.mode = PredictionMode.LL
+                return super().parse(latex_str)
+
+    latex2sympy2._Latex2Sympy = TwoStages
+
+
 def _serve() -> None:
     """Answers requests [gold, readings, timeout] on stdin, until it closes: true, false, "slow"."""
     import resource
@@ -344,6 +396,8 @@ def _serve() -> None:
         import math_verify
         from math_verify.errors import TimeoutException
 
+        with contextlib.suppress(ImportError, AttributeError):  # of another version: slower
+            _parse_in_two_stages()
         math_verify.parse("$\\frac{1}{2}$")  # builds the parser's tables before the clock runs
     except Exception as error:
         return send(repr(error)[:1000])

@@ -30,7 +30,7 @@ SAME_FLOOR = {
     ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),
     ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),
-    ("tasks.math_problems", "data"), ("step_labels", "data"),
+    ("tasks.math_problems", "data"), ("tasks.math_problems", "rewards"), ("step_labels", "data"),
     ("hlo", "hardware"), ("models.flops", "models.transformer"),
     ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
     ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),

@@ -273,6 +273,29 @@ def test_math500_golds_equal_themselves(monkeypatch):
     assert [gold for gold, equal in zip(sample, checks, strict=True) if not equal] == []
 
 
+def test_fast_parsing_gives_the_trees_of_the_full_one():
+    code = (
+        "import json, math_verify\n"
+        "from latex2sympy2_extended import latex2sympy2\n"
+        "def trees(texts):\n"
+        "    for text in texts:\n"
+        "        try: yield repr(latex2sympy2.latex2sympy(text))\n"
+        "        except Exception as error: yield type(error).__name__\n"
+        "texts = json.loads(sys.argv[1])\n"
+        "full, parse = list(trees(texts)), latex2sympy2._Latex2Sympy\n"
+        "rewards._parse_in_two_stages()\n"
+        "assert latex2sympy2._Latex2Sympy is not parse\n"
+        "print(json.dumps([full, list(trees(texts))]))\n"
+    )
+    # The first three are syntax errors to the fast prediction alone, the next ones to both.
+    texts = ["5r^5", "x^5-x^4+x^3", r"15\mbox{ cm}^2", r"\frac{1", "1 + ", r"2, \{3\}", "(1, 2]"]
+    texts += [row["answer"] for row in read_rows("math500.jsonl.gz")][::10]
+    done = run_script(code, "-", json.dumps(texts))
+    full, fast = json.loads(done.stdout)
+    assert fast == full and len(full) == len(texts)
+    assert full[:2] == ["5*r**5", "x**5 - x**4 + x**3"] and full[3] == "Exception"
+
+
 def test_equal_pairs_are_checked_once():
     before = verifier_stats().checked
     verdicts = verify_batch([r"\sqrt{12}"] * 9, [boxed(r"2\sqrt{3}")] * 8 + [boxed(r"3\sqrt{2}")])
@@ -358,17 +381,19 @@ def break_on_send(monkeypatch, times):
 
 
 def test_a_pair_whose_worker_died_is_tried_again(monkeypatch):
-    before, deaths = verifier_stats().crashes, break_on_send(monkeypatch, times=1)
+    before, deaths = verifier_stats(), break_on_send(monkeypatch, times=1)
     assert verify_batch(["(x+2)^2"], [boxed("x^2+4x+4")]) == [True]
-    assert len(deaths) == verifier_stats().crashes - before == 1
+    assert len(deaths) == verifier_stats().crashes - before.crashes == 1
+    assert verifier_stats().failed == before.failed
 
 
 def test_a_pair_that_kills_two_workers_is_wrong_and_hurts_no_other(monkeypatch):
-    before, deaths = verifier_stats().crashes, break_on_send(monkeypatch, times=99)
+    before, deaths = verifier_stats(), break_on_send(monkeypatch, times=99)
     answers = ["x^2+6x+9", "x^2+8x+16", "x^2+10x+25"]
     verdicts = verify_batch(["(x+3)^2", "(x+4)^2", "(x+5)^2"], [boxed(a) for a in answers])
     assert verdicts == [False, True, True]
-    assert len(set(deaths)) == verifier_stats().crashes - before == 2
+    assert len(set(deaths)) == verifier_stats().crashes - before.crashes == 2
+    assert verifier_stats().failed - before.failed == 1
 
 
 def test_workers_killed_between_two_calls_are_replaced():
@@ -380,6 +405,24 @@ def test_workers_killed_between_two_calls_are_replaced():
     before = verifier_stats().crashes
     assert verify("(x+8)^2", boxed("x^2+16x+64"))
     assert verifier_stats().crashes - before == len(dead) > 0
+
+
+def test_worn_workers_are_replaced_while_they_work(monkeypatch):
+    assert verify(r"\sqrt{7}", boxed(r"7/\sqrt{7}"))  # there is a worker now
+    old, before = {worker.process.pid for worker in rewards._POOL[:2]}, verifier_stats()
+    monkeypatch.setattr(rewards, "WORKER_CHECKS", 10)
+    end = time.monotonic() + 120
+    for n in range(40, 100_000, 20):  # until replacements have started, which takes a while
+        golds = [f"(x+{k})^2" for k in range(n, n + 20)]
+        answers = [boxed(f"x^2+{2 * k + k % 2}x+{k * k}") for k in range(n, n + 20)]
+        assert verify_batch(golds, answers) == [True, False] * 10
+        if old.isdisjoint(w.process.pid for w in rewards._POOL[:2]) or time.monotonic() > end:
+            break
+    after = verifier_stats()
+    assert old.isdisjoint(worker.process.pid for worker in rewards._POOL[:2])
+    assert after.recycled - before.recycled >= len(old)
+    assert (after.crashes, after.timeouts) == (before.crashes, before.timeouts)
+    assert len(rewards._POOL) <= 3  # two that work and one that starts
 
 
 def test_no_reply_survives_an_interrupted_batch(monkeypatch):
