@@ -50,11 +50,24 @@ def default_config() -> ConfigDict:
                 "batch_size": 0,  # rows in one forward; 0 = all
             },
             "teacher": {
-                # "model" | "dataset" (the problem's own worked solution, aligned by step)
+                # "model" | "dataset" (the problem's own worked solution, aligned by step) |
+                # "endpoint" (a server that continues text, as vLLM and SGLang are)
                 "kind": "model",
-                "path": "",  # of a model with the policy's tokenizer
+                # of a model; of an endpoint: the directory of its tokenizer, "" = the policy's,
+                # whose chat template then writes the prompts
+                "path": "",
                 "temperature": 1.0,
                 "top_p": 1.0,
+                # of an endpoint: http://HOST:PORT/v1, and the model's name there
+                "url": "",
+                "model": "",
+                "api_key_env": "SCOPE_JAX_TEACHER_KEY",  # NAME of the variable that holds the key
+                "timeout_seconds": 120.0,  # of one exchange
+                "retries": 3,
+                "concurrency": 64,  # exchanges at a time, of all processes
+                # budgets of a step; tokens of all processes and attempts, 0 = no limit
+                "tokens_per_step": 0,
+                "seconds_per_step": 600.0,
             },
             # decode_model: "model" of the mesh that samples, on the same devices; 0 = the same
             "mesh": {"data": -1, "fsdp": 1, "model": 1, "decode_model": 0},

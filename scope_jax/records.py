@@ -98,6 +98,8 @@ class Continuations:
     stopped: Array  # [C] bool
     # [C] bool, no exact text between policy and teacher tokenizer; None where they have the same
     unaligned: Array | None = None
+    # metrics of the call, the same names every time; None where there are none
+    counts: dict[str, int] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

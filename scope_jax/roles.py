@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object, lora_options
 from scope_jax.data import decode_steps, prompt_iterator, render_prompt, tokenize_prompts
+from scope_jax.endpoint import Endpoint, open_cache, read_api_key
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
 from scope_jax.metrics import Timer
@@ -36,7 +38,14 @@ from scope_jax.sharding import (
 )
 from scope_jax.splicing import INSERT
 from scope_jax.stopping import encode_stop, row_ends
-from scope_jax.teachers import Teacher, dataset_teacher, model_teacher, text_teacher
+from scope_jax.teachers import (
+    Teacher,
+    count_tokens,
+    dataset_teacher,
+    endpoint_teacher,
+    model_teacher,
+    text_teacher,
+)
 from scope_jax.update import make_optimizer, reference
 
 # Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
@@ -249,11 +258,11 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
         f"steps {start + 1} to {config.total_steps}, seed {config.seed}",
     ]
     if config.correct.n_correct:
-        teacher = (
-            config.teacher.path
-            if config.teacher.kind == "model"
-            else "the data set's worked solutions"
-        )
+        teacher = {
+            "model": config.teacher.path,
+            "dataset": "the data set's worked solutions",
+            "endpoint": f"{config.teacher.model} at {config.teacher.url}",
+        }[config.teacher.kind]
         lines.append(
             f"locator {config.locate.locator}, tau {config.locate.tau}; teacher: {teacher}"
         )
@@ -319,8 +328,14 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     return token_scorer(score_fn, max_length=prm.max_position)
 
 
-def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
-    """Returns the function that continues cut rollouts, or None where nothing is repaired."""
+def load_teacher(
+    config: ConfigDict, policy: Policy, workdir: pathlib.Path | None = None
+) -> Teacher | None:
+    """Returns the function that continues cut rollouts, or None where nothing is repaired.
+
+    Args:
+      workdir: where an endpoint's answers are kept for a resume; None = they are not.
+    """
     end = {
         "policy_eos_id": policy.tokenizer.eos_token_id,
         "max_new_tokens": config.sample.max_new_tokens,
@@ -329,8 +344,12 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
         return None
     if config.teacher.kind == "dataset":
         return dataset_teacher(policy.tokenizer, **end)
+    if config.teacher.kind == "endpoint":
+        return load_endpoint(config, policy, workdir)
     if config.teacher.kind != "model":
-        raise InputError(f'teacher.kind must be "model" or "dataset", got {config.teacher.kind!r}')
+        raise InputError(
+            f'teacher.kind must be "model", "dataset" or "endpoint", got {config.teacher.kind!r}'
+        )
     model, params = load_hf(
         config.teacher.path, mesh=policy.decode_mesh, rules=DECODING, dtype=compute_dtype(config)
     )
@@ -374,4 +393,40 @@ def load_teacher(config: ConfigDict, policy: Policy) -> Teacher | None:
         continue_ids, policy.tokenizer, tokenizer,
         functools.partial(render_prompt, tokenizer, **config.prompt),
         prompt_bucket=prompt_bucket, prefix_bucket=prefix_bucket, eos_ids=eos_ids, **end,
+    )  # fmt: skip
+
+
+def load_endpoint(config: ConfigDict, policy: Policy, workdir: pathlib.Path | None) -> Teacher:
+    """Returns the teacher behind a server. Nothing is sent or written yet."""
+    options, processes = config.teacher, jax.process_count()
+    for name, least in {
+        "timeout_seconds": 0.001, "retries": 0, "concurrency": 1, "tokens_per_step": 0,
+        "seconds_per_step": 0.001,
+    }.items():  # fmt: skip
+        if options[name] is None or not options[name] >= least:
+            raise InputError(f"teacher.{name} must be at least {least}, got {options[name]}")
+    if not options.model:
+        raise InputError("teacher.model must name the endpoint's model")
+    tokenizer = load_tokenizer(options.path)[0] if options.path else policy.tokenizer
+    if config.prompt.chat and not tokenizer.chat_template:
+        raise InputError(f"{options.path} has no chat template: set --config.prompt.chat=False")
+    calls = max(1, config.correct.attempts)  # a step's, one after the other
+    ask = Endpoint(
+        options.url,
+        options.model,
+        functools.partial(count_tokens, policy.tokenizer),
+        api_key=read_api_key(options.api_key_env),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        timeout_seconds=options.timeout_seconds,
+        retries=options.retries,
+        concurrency=max(1, options.concurrency // processes),
+        tokens=options.tokens_per_step // (processes * calls) if options.tokens_per_step else None,
+        seconds=options.seconds_per_step / calls,
+        cache=open_cache(workdir, jax.process_index()) if workdir else None,
+    )
+    return endpoint_teacher(
+        ask, policy.tokenizer, functools.partial(render_prompt, tokenizer, **config.prompt),
+        policy_eos_id=policy.tokenizer.eos_token_id, max_new_tokens=config.sample.max_new_tokens,
+        teacher_tokenizer=tokenizer, stop=tuple(config.sample.stop),
     )  # fmt: skip

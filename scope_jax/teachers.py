@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from scope_jax.endpoint import FAILURES, Answer, Wanted
 from scope_jax.records import Continuations, CorrectionRequests
 from scope_jax.steps import exact_text, survives
 
@@ -126,6 +127,86 @@ def text_teacher(
     return teach
 
 
+def endpoint_teacher(
+    ask: Callable[[list[Wanted], str], list[Answer]],
+    tokenizer,
+    render: Callable[[str], str],
+    *,
+    policy_eos_id: int,
+    max_new_tokens: int,
+    teacher_tokenizer=None,
+    stop: tuple[str, ...] = (),
+) -> Teacher:
+    """A language model behind a server that continues text (endpoint.py).
+
+    As with `text_teacher` the policy's prefix keeps its ids, and only what the server adds is
+    tokenised. `Continuations.counts` says what became of the rows with a budget, each being one of
+    finished, unfinished, alignment_failed and endpoint.FAILURES.
+
+    Args:
+      ask: an `endpoint.Endpoint`.
+      tokenizer: the policy's.
+      render: problem -> the teacher's prompt text.
+      policy_eos_id: ends every continuation that no stop string ended.
+      max_new_tokens: U.
+      teacher_tokenizer: the server's, where it is at hand: a prefix with its marks is not sent.
+      stop: strings that end a continuation, and are kept; the server is not told.
+    """
+
+    def request(requests: CorrectionRequests, row: int) -> Wanted | None:
+        kept = requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
+        prefix = exact_text(tokenizer, kept)
+        if prefix is None or not survives(teacher_tokenizer or tokenizer, prefix):
+            return None
+        text = render(requests.records[row]["problem"]) + prefix
+        return Wanted(row, text, min(int(requests.budgets[row]), max_new_tokens))
+
+    def policy_tokens(kept: list[int], answer: Answer) -> tuple[list[int] | None, bool]:
+        """Returns (tokens with their end or None, whether the answer ended by itself)."""
+        text, end = answer.text or "", [policy_eos_id] if answer.stopped else []
+        marks = [place + len(mark) for mark in stop if (place := text.find(mark)) >= 0]
+        if marks:
+            text, end = text[: min(marks)], []
+        tokens = encode_after(tokenizer, kept, text) if is_unicode(text) else None
+        ended = answer.stopped or bool(marks)
+        return None if tokens is None else [*tokens, *end], ended
+
+    def teach(requests: CorrectionRequests, key) -> Continuations:
+        shape = (len(requests.records), max_new_tokens)
+        ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        stopped, unaligned = np.zeros(shape[0], bool), np.zeros(shape[0], bool)
+        asked = np.flatnonzero(np.asarray(requests.budgets) > 0).tolist()
+        wanted = {row: request(requests, row) for row in asked}
+        step = np.asarray(jax.device_get(jax.random.key_data(key))).astype(">u4").tobytes().hex()
+        answers = ask([w for w in wanted.values() if w is not None], step)
+        names = ("requests", "cached", "tokens_charged", "finished", "unfinished")
+        names += ("alignment_failed", *FAILURES)
+        counts: dict[str, int] = dict.fromkeys(names, 0)
+        counts["requests"] = len(asked)
+        for w, answer in zip(filter(None, wanted.values()), answers, strict=True):
+            counts["cached"] += answer.cached
+            counts["tokens_charged"] += answer.tokens
+            if answer.failure:
+                counts[answer.failure] += 1
+                continue
+            kept = requests.prefix_ids[w.row, : requests.prefix_length[w.row]].tolist()
+            tokens, ended = policy_tokens(kept, answer)
+            if tokens is None:
+                unaligned[w.row] = True
+                continue
+            stopped[w.row] = ended and 0 < len(tokens) <= w.max_tokens
+            counts["finished" if stopped[w.row] else "unfinished"] += 1
+            tokens = tokens[: w.max_tokens]
+            ids[w.row, : len(tokens)], mask[w.row, : len(tokens)] = tokens, True
+        unaligned[[row for row, w in wanted.items() if w is None]] = True
+        counts["alignment_failed"] = int(unaligned.sum())
+        counts = {f"teacher/{name}": count for name, count in counts.items()}
+        none = np.zeros(shape, np.float32)
+        return Continuations(ids, mask, none, stopped, unaligned, counts)
+
+    return teach
+
+
 def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
     """The data set's own worked solution (record["solution"]), from the first line that the prefix
     has not reached.
@@ -164,6 +245,16 @@ def encode_after(tokenizer, prefix_ids: list[int], text: str) -> list[int] | Non
     shown = tokenizer.decode([*prefix_ids, *tokens])
     exact = survives(tokenizer, text) and shown == tokenizer.decode(prefix_ids) + text
     return tokens if exact else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which JSON can say and tokenizers cannot read."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def count_tokens(tokenizer, text: str) -> int:
+    """Returns the tokens of a text as a tokenizer sees it, whatever stands in it."""
+    return len(tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False))
 
 
 def remaining_solution(solution: str, prefix: str) -> str:

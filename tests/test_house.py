@@ -16,8 +16,8 @@ FLOORS = [
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
-    + ["rewards", "prm", "scorers", "teachers", "update", "checkpoint", "metrics"]
-    + ["preemption"],
+    + ["rewards", "prm", "scorers", "endpoint", "teachers", "update", "checkpoint"]
+    + ["metrics", "preemption"],
     ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
     + ["programs", "plan"],
     ["train"],
@@ -31,7 +31,7 @@ SAME_FLOOR = {
     ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),
     ("tasks.math_problems", "data"), ("tasks.math_problems", "rewards"), ("step_labels", "data"),
-    ("hlo", "hardware"), ("models.flops", "models.transformer"),
+    ("teachers", "endpoint"), ("hlo", "hardware"), ("models.flops", "models.transformer"),
     ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
     ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),
 }  # fmt: skip

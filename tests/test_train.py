@@ -337,9 +337,11 @@ def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, 
         unread.append(reads.unread(config))
         monkeypatch.undo()
     # What only another teacher, PRM or split reads may be idle in one config, never in all of them.
-    assert set.intersection(*unread) <= {"method"}, "these keys do nothing"
+    names = "url model api_key_env timeout_seconds retries concurrency tokens_per_step"
+    of_endpoints = {f"teacher.{name}" for name in (*names.split(), "seconds_per_step")}
+    assert set.intersection(*unread) <= {"method"} | of_endpoints, "these keys do nothing"
     idle = {"teacher.path", "teacher.temperature", "teacher.top_p", "prm.max_length"}
-    assert set.union(*unread) <= {"method"} | idle
+    assert set.union(*unread) <= {"method"} | of_endpoints | idle
 
 
 def test_utilisation_is_written_for_every_step(scope_run):
@@ -398,7 +400,7 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
         ("--config.data.max_prompt_length=5", "data.max_prompt_length is 5"),
         ("--config.mesh.data=3", "mesh data=3, fsdp=1, model=1 does not match 8 devices"),
         ("--config.learn.mini_batches=3", "do not divide"),
-        ("--config.teacher.kind=oracle", 'teacher.kind must be "model" or "dataset"'),
+        ("--config.teacher.kind=oracle", 'must be "model", "dataset" or "endpoint"'),
         ("--config.locate.locator=prn", "locate.locator='prn' is none of prm, oracle"),
         ("--config.correct.insert=replace", "is none of replace_source, append"),
         ("--config.correct.accept=all", "is none of verified_correct, prm_ok, any"),
