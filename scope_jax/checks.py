@@ -1,16 +1,39 @@
-import numpy as np
 from collections.abc import Sequence
+
+import numpy as np
+
 from scope_jax.records import InputError
+
 SPIKE_WINDOW = 50
-class BrokenPromise(RuntimeError): pass
+
+
+class BrokenPromise(RuntimeError):
+    pass
+
+
 def is_spike(value, earlier, *, factor, window):
-    e=[x for x in earlier if x is not None and np.isfinite(x)][-window:]
-    return len(e)>=window//2 and factor>0 and value>factor*float(np.median(e))
+    e = [x for x in earlier if x is not None and np.isfinite(x)][-window:]
+    return len(e) >= window // 2 and factor > 0 and value > factor * float(np.median(e))
+
+
 def find_non_finite(rows):
-    return [n for n in ("rewards","logps") if not np.isfinite(rows[n] if n=="rewards" else rows[n][rows["mask"]]).all()]
-def check_splices(rows, fixed, chosen, kept, accepted): pass
-def check_groups(before, after, solved_at, group_size): pass
-def dump_batch(path, rows, reason): pass
+    return [
+        n
+        for n in ("rewards", "logps")
+        if not np.isfinite(rows[n] if n == "rewards" else rows[n][rows["mask"]]).all()
+    ]
+
+
+def check_splices(rows, fixed, chosen, kept, accepted):
+    pass
+
+
+def check_groups(before, after, solved_at, group_size):
+    pass
+
+
+def dump_batch(path, rows, reason):
+    pass
 
 
 def gradient_spike(

@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -145,13 +146,14 @@ class Writer:
       workdir: of the run.
       start_step: steps already done; lines of metrics.jsonl beyond it (of an interrupted run) are
         dropped.
+      skipped: lines of the data that were left out; they are listed in WORKDIR/skipped_lines.jsonl.
     Attributes:
       recent: {"step", "grad_norm", "skipped"} of the last RECENT training steps, oldest first.
       before: the run's first evaluation, None if there is none yet.
       evaluated: the step of the last one, -1 if there is none. All the same in every process.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int = 0):
+    def __init__(self, workdir: pathlib.Path, start_step: int = 0, skipped: Sequence[dict] = ()):
         self.workdir = workdir
         self._silent = jax.process_index() > 0
         self.console = Console(highlight=False, soft_wrap=True, quiet=self._silent)
@@ -163,6 +165,10 @@ class Writer:
             purge_step=start_step + 1 if start_step else None,
         )  # fmt: skip
         rows = [] if self._silent else self._take_up(start_step)
+        if skipped and not self._silent:
+            text = "".join(json.dumps(line) + "\n" for line in skipped)
+            _replace(workdir / "skipped_lines.jsonl", text)
+            self.say(f"{len(skipped)} bad lines of the data are left out: skipped_lines.jsonl")
         evaluations = [row for row in rows if "eval/k" in row]
         recent = [row for row in rows if "eval/k" not in row][-RECENT:]
         found = {
@@ -224,7 +230,9 @@ class Writer:
         if metrics.get("skipped"):
             self.say(f"step {step}: an update that was not finite was skipped", style="bold red")
         if metrics.get("spike"):
-            self.say(f"step {step}: a spike, gradient norm {metrics['grad_norm']:.3g}", style="yellow")
+            self.say(
+                f"step {step}: a spike, gradient norm {metrics['grad_norm']:.3g}", style="yellow"
+            )
 
     def _add_up(self, row: dict) -> None:
         self._sums.update({key: float(row[key]) for key in SUMMED if row.get(key) is not None})
@@ -348,7 +356,12 @@ def over_hosts(metrics: dict) -> dict:
     together = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
-        if key.startswith("seconds/") or key in ("recompiles", "hbm_peak_gib", "skipped", "logp_gap"):
+        if key.startswith("seconds/") or key in (
+            "recompiles",
+            "hbm_peak_gib",
+            "skipped",
+            "logp_gap",
+        ):
             together[key] = max(values)
         elif key.startswith("tokens_per_s/") or isinstance(value, int):
             together[key] = sum(values)

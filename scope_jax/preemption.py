@@ -1,4 +1,4 @@
-"""SIGTERM, which a machine that is taken away (a preemptible TPU VM, a Slurm or Kubernetes job) gets
+"""SIGTERM, which a machine that is taken away (a preemptible TPU VM, a Kubernetes job) gets
 some seconds before: the run finishes its step, saves and ends.
 """
 

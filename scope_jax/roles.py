@@ -82,12 +82,14 @@ class Run(NamedTuple):
     ref_params: Any  # None unless kl_coef > 0
     seed_key: jax.Array
     timer: Timer
+    skipped: list[dict[str, Any]]  # lines of the data files that were left out
 
 
-def load_run(config: ConfigDict) -> tuple[Run, Any, Any]:
+def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
     policy, params = load_policy(config)
     problems = policy.problems("train")
+    splits = ("train", "eval", "ood") if config.eval.ood else ("train", "eval")
     data = prompt_iterator(
         problems, batch_size=config.data.prompts_per_step, seed=config.seed,
         part=host_part(policy.mesh),
@@ -97,13 +99,14 @@ def load_run(config: ConfigDict) -> tuple[Run, Any, Any]:
     run = Run(
         policy=policy,
         scorer=load_scorer(config, policy, params),
-        teacher=load_teacher(config, policy),
+        teacher=load_teacher(config, policy, workdir),
         optimizer=make_optimizer(
             config.total_steps * config.learn.mini_batches, **config.optimizer
         ),
         ref_params=reference(params) if config.loss.kl_coef else None,
         seed_key=jax.random.key(config.seed),
         timer=Timer(),
+        skipped=[line for s in splits for line in getattr(policy.problems(s), "skipped", ())],
     )
     return run, params, data
 

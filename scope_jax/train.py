@@ -222,7 +222,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     """Runs the loop to `total_steps`, or until SIGTERM; returns the last evaluation."""
     compiles = metrics.CompileCounter()
     with shared_errors():
-        run, params, data = load_run(config)
+        run, params, data = load_run(config, workdir)
     on_first_host(claim_workdir, workdir, config)
     policy, shown = run.policy, config.log.rollout_groups
 
@@ -234,7 +234,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         state, data_state = restored
         data.set_state(data_state)
         start = int(state.step)
-    writer = metrics.Writer(workdir, start)
+    writer = metrics.Writer(workdir, start, run.skipped)
     if start >= config.total_steps and writer.evaluated == start:
         raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
     writer.say(describe(config, policy, params, start))
