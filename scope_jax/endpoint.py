@@ -33,6 +33,9 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 REFUSED = (429, 503)  # nothing was generated; so too with the other 4xx
 MAX_WAIT = 30.0  # seconds of backoff
 _LOG = logging.getLogger(__name__)
+# They log headers, and a server may send the key back in one.
+for _name in ("httpx2", "httpcore2"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class Wanted(NamedTuple):

@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         if name.isdigit():
             echo = f"bad: {self.headers['Authorization']}".encode()
             wait = {"Retry_After": "0.1"} if name == "429" else {}
-            return self.reply(int(name), echo, **wait)
+            return self.reply(int(name), echo, X_Echo=str(self.headers["Authorization"]), **wait)
         if name == "later":
             return self.reply(429, b"{}", Retry_After="100000")
         if name == "hang":
