@@ -183,8 +183,8 @@ def load_object(reference: str, kind: str) -> Callable:
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict | dict) -> None:
     """Writes config.json into a new workdir, or checks that the one there is of the same run.
 
-    `total_steps`, `log`, `eval`, `checkpoint`, `checks` and `mesh` may differ: they do not change what was
-    trained.
+    `total_steps`, `log`, `eval`, `checkpoint`, `checks` and `mesh` may differ: they do not change
+    what was trained.
 
     Raises:
       InputError: the workdir belongs to another config (the first differing key is named); nothing

@@ -72,6 +72,12 @@ def verifier_stats() -> VerifierStats:
     return dataclasses.replace(_STATS)
 
 
+def verifier_counts(since: VerifierStats) -> dict[str, int]:
+    """Returns {"verify/timeouts", "verify/failed", "verify/crashes"} since an earlier copy."""
+    names = ("timeouts", "failed", "crashes")
+    return {f"verify/{name}": getattr(_STATS, name) - getattr(since, name) for name in names}
+
+
 def verify(gold: str, completion: str) -> bool:
     r"""Returns whether the completion's final answer equals the gold answer.
 

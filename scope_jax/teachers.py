@@ -16,6 +16,7 @@ from scope_jax.records import Continuations, CorrectionRequests
 from scope_jax.steps import exact_text, survives
 
 Teacher = Callable[[CorrectionRequests, jax.Array], Continuations]
+NONE_FAILED = {"teacher/alignment_failed": 0}
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -39,7 +40,7 @@ def model_teacher(continue_fn, *, policy_eos_id: int, eos_ids=None) -> Teacher:
         if eos_ids is not None:
             rows = rows[np.isin(ids[rows, last[rows]], eos_ids)]
         ids[rows, last[rows]] = policy_eos_id
-        return Continuations(ids=ids, mask=mask, logps=written.logps, stopped=written.finished)
+        return Continuations(ids, mask, written.logps, stopped=written.finished, counts=NONE_FAILED)
 
     return teach
 
@@ -122,7 +123,8 @@ def text_teacher(
             stopped[row] = len(tokens) + len(end) <= budgets[row]
             tokens = [*tokens, *end] if stopped[row] else tokens[: budgets[row]]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-        return Continuations(ids, mask, np.zeros(shape, np.float32), stopped, unaligned)
+        counts = {"teacher/alignment_failed": int(unaligned.sum())}
+        return Continuations(ids, mask, np.zeros(shape, np.float32), stopped, unaligned, counts)
 
     return teach
 
@@ -231,7 +233,8 @@ def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Te
             stopped[row] = bool(tokens) and len(tokens) < room
             tokens = [*tokens[: room - 1], policy_eos_id] if stopped[row] else tokens[:room]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-        return Continuations(ids=ids, mask=mask, logps=np.zeros(shape, np.float32), stopped=stopped)
+        none = np.zeros(shape, np.float32)
+        return Continuations(ids, mask, none, stopped=stopped, counts=NONE_FAILED)
 
     return teach
 

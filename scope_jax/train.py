@@ -11,12 +11,12 @@ ratio, sum / L_max) with five additions:
   5. policy tokens keep the clipped ratio, teacher tokens get LUFFY's -f(p) A, f(p) = p / (p + 0.1).
 Without an accepted repair the update is Dr.GRPO's, bit for bit.
 
-Host arrays are numpy and every copy to or from the devices is spelled out (the loop runs under
-transfer guards). `rows` is what the stages hand on: a dict of arrays [B, ...], a row per rollout.
-Each process (of several: hosts.py) has its own groups' rows here; the mesh has them all.
+Host arrays are numpy; every copy to or from the devices is spelled out (there are transfer guards).
+`rows` is a dict of arrays [B, ...], a row for each rollout of this process (of several: hosts.py).
 """
 
 import argparse
+import collections
 import dataclasses
 import pathlib
 import sys
@@ -32,12 +32,12 @@ from scope_jax.configlib import claim_workdir, load_config, one_line_errors
 from scope_jax.data import decode_completions
 from scope_jax.drawing import step_keys
 from scope_jax.evaluate import evaluate_policy
-from scope_jax.hosts import all_hosts, join_hosts, on_first_host, shared_errors
+from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
 from scope_jax.losses import assign_credit
 from scope_jax.preemption import Preemption
 from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, TrainBatch, TrainState
-from scope_jax.rewards import score_completions
+from scope_jax.rewards import score_completions, verifier_counts, verifier_stats
 from scope_jax.roles import Run, describe, load_run
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import own_rows, put_batch, replicate
@@ -101,10 +101,8 @@ def score(run: Run, config: ConfigDict, rows: Rows, records):
 
 
 def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert_key, teach_keys):
-    """Repairs each group's best wrong rollouts at their first wrong step.
-
-    Returns:
-      (rows with the accepted corrections in place, metrics, trace for the rollout files).
+    """Repairs each group's best wrong rollouts at their first wrong step; returns (rows with the
+    accepted corrections in place, metrics, trace for the rollout files).
     """
     options, mesh, size = config.correct, run.policy.mesh, config.sample.group_size
     solved_at = config.reward.solved_at
@@ -120,7 +118,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     first_error, chosen, is_real, kept, targets = own_rows(plan, mesh)
     chosen, targets = chosen % len(first_error), targets % len(first_error)  # among our own rows
     fixed = {name: value[chosen] for name, value in rows.items()}
-    accepted, teacher_tokens, unaligned = np.zeros(len(chosen), bool), 0, 0
+    accepted, teacher_tokens, counts = np.zeros(len(chosen), bool), 0, collections.Counter(counts)
     for key in teach_keys:
         wanted = is_real & ~accepted
         budgets = np.where(wanted, rows["ids"].shape[1] - kept, 0).astype(np.int32)
@@ -141,8 +139,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
             value[good] = new[name][good]
         accepted |= good
         teacher_tokens += int(written.mask.sum())
-        if written.unaligned is not None:
-            unaligned += int(written.unaligned.sum())
+        counts.update(written.counts or {})
     repaired = insert_rows(
         rows, fixed, targets=targets, accepted=accepted, group_size=size, insert=options.insert
     )
@@ -150,11 +147,10 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     if spared:
         checks.check_groups(rows["rewards"], repaired["rewards"], solved_at, size)
     wrong = rows["rewards"] < solved_at
-    counts["teacher/alignment_failed"] = unaligned
     plan = first_error, chosen, is_real
-    measured = counts | metrics.correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
+    measured = metrics.correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
-    return repaired, measured, trace
+    return repaired, measured | counts, trace
 
 
 def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
@@ -203,6 +199,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 def training_step(run: Run, config: ConfigDict, state: TrainState, records, step: int):
     """Takes one step; returns (state, rows as sampled, as trained on, trace, metrics)."""
     checks.check_weights(int(jax.device_get(state.step)), step)
+    verified = verifier_stats()
     on_device = replicate(np.int32(step), run.policy.mesh)
     sample_key, *repair_keys = step_keys(run.seed_key, on_device, attempts=config.correct.attempts)
     rows, measured = sample(run, config, state.params, records, sample_key)
@@ -210,6 +207,7 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, records, step
     if config.correct.n_correct:
         repaired, corrections, trace = repair(run, config, rows, records, *repair_keys)
         measured |= corrections
+    measured |= verifier_counts(verified)
     if any(all_hosts(checks.find_non_finite(repaired))):
         measured["skipped"] = config.learn.mini_batches
     else:
@@ -227,8 +225,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     policy, shown = run.policy, config.log.rollout_groups
 
     # Where to start: 1. the workdir's newest checkpoint that is whole; 2. model.path.
-    kept = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
-    checkpoints = checkpoint.open_checkpoints(workdir, **kept, clear=True)
+    keep = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
+    checkpoints = checkpoint.open_checkpoints(workdir, **keep, clear=True)
     state, start = init_state(run.optimizer, params), 0
     if (restored := checkpoint.restore(checkpoints, state)) is not None:
         state, data_state = restored
@@ -264,7 +262,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             if step % config.log.rollouts_every == 0:
                 writer.rollouts(step, rows, trace, records, policy.tokenizer, shown)
             if measured["skipped"]:
-                checks.dump_batch(workdir / "non_finite" / f"step_{step:06d}", trained, measured)
+                kept = workdir / "non_finite" / f"step_{step:06d}_{jax.process_index()}"
+                checks.dump_batch(kept, trained, checks.find_non_finite(trained))
             checks.stop_if_broken(measured, writer.recent, **config.checks)
             stopping = preemption.anywhere()
             if step == last or stopping or step % config.checkpoint.every == 0:
@@ -293,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="new or to go on with")
     args, overrides = parser.parse_known_args(argv)
     join_hosts()
-    train(load_config(args.config, overrides), args.workdir)
+    with end_together():
+        train(load_config(args.config, overrides), args.workdir)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The environment says which of how many it is. On each mesh (4x2x1,2x2x2) it checks the copies from
 host to device and trains on fixed rollouts; process 0 writes the losses to FOLDER/curves.json. With
 arguments it is then `python -m scope_jax.train ARGUMENT ..`; without, it samples (tokens.json).
+--fail-after=STEP is an argument of this file: at the end of that step this process raises an error.
 """
 
 import json
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scope_jax import sharding
+from scope_jax import metrics, sharding
+from scope_jax import train as train_module
 from scope_jax.configlib import claim_workdir
-from scope_jax.hosts import all_hosts, join_hosts, on_first_host
+from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch
 from scope_jax.sampling import continue_from, decoding_layout
@@ -30,7 +32,6 @@ from scope_jax.sharding import (
     replicate,
     shardings,
 )
-from scope_jax.train import main as train_main
 from scope_jax.update import init_state, make_optimizer, put_minis, update_policy
 
 CONFIG = TransformerConfig(
@@ -158,7 +159,24 @@ def main(folder: pathlib.Path, meshes: str, *of_train: str) -> int:
         if jax.process_index() == 0:
             (folder / "curves.json").write_text(json.dumps(curves))
             (folder / "tokens.json").write_text(json.dumps(tokens))
-    return train_main(list(of_train)) if of_train else 0
+    rest = [text for text in of_train if not text.startswith("--fail-after=")]
+    for text in of_train:
+        if text not in rest:
+            fail_after(*text.removeprefix("--fail-after=").split(","))
+    train_module.train = end_together()(train_module.train)
+    return train_module.main(rest) if rest else 0
+
+
+def fail_after(step: str, kind: str) -> None:
+    """Makes the writer of this process raise an error after it wrote the row of a step."""
+    write, errors = metrics.Writer.step, {"InputError": InputError, "KeyError": KeyError}
+
+    def failing(writer, at, row):
+        write(writer, at, row)
+        if at == int(step):
+            raise errors[kind]("no such thing")
+
+    metrics.Writer.step = failing
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Several processes on this machine, over gloo: what one process does, they do together."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,13 +10,16 @@ import sys
 import time
 
 import hosts_worker
+import jax
 import numpy as np
 import pytest
 
 from scope_jax import hosts, metrics
+from scope_jax.checkpoint import restore_params
 from scope_jax.configlib import load_config
 from scope_jax.hosts import join_hosts
 from scope_jax.records import InputError
+from scope_jax.roles import load_policy
 from scope_jax.sharding import make_mesh
 from scope_jax.train import train
 
@@ -32,8 +36,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_hosts(folder, count: int, *arguments, own=(), timeout=240) -> list[tuple[int, str]]:
-    """Runs the worker in `count` processes; returns (exit code, output) of each.
+@contextlib.contextmanager
+def started_hosts(folder, count: int, *arguments, own=()):
+    """Starts the worker in `count` processes and gives them; their output goes to `outputs`.
 
     Args:
       own: more arguments of the last process.
@@ -44,9 +49,9 @@ def run_hosts(folder, count: int, *arguments, own=(), timeout=240) -> list[tuple
     common |= {"SCOPE_JAX_NUM_PROCESSES": str(count)}
     root = str(pathlib.Path(__file__).parents[1])
     common |= {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    processes, files = [], [folder / f"process_{i}.txt" for i in range(count)]
+    processes = []
     try:
-        for i, file in enumerate(files):
+        for i, file in enumerate(outputs(folder, count)):
             command = [sys.executable, str(WORKER), str(folder), *arguments]
             with file.open("w") as output:
                 process = subprocess.Popen(
@@ -54,13 +59,24 @@ def run_hosts(folder, count: int, *arguments, own=(), timeout=240) -> list[tuple
                     env={**os.environ, **common, "SCOPE_JAX_PROCESS_ID": str(i)},
                 )  # fmt: skip
             processes.append(process)
-        deadline = time.monotonic() + timeout
-        codes = [p.wait(max(1, deadline - time.monotonic())) for p in processes]
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return [(code, file.read_text()) for code, file in zip(codes, files, strict=True)]
+
+
+def outputs(folder, count: int) -> list[pathlib.Path]:
+    return [folder / f"process_{i}.txt" for i in range(count)]
+
+
+def run_hosts(folder, count: int, *arguments, own=(), timeout=240) -> list[tuple[int, str]]:
+    """Runs the worker in `count` processes; returns (exit code, output) of each."""
+    with started_hosts(folder, count, *arguments, own=own) as processes:
+        deadline = time.monotonic() + timeout
+        codes = [p.wait(max(1, deadline - time.monotonic())) for p in processes]
+    texts = [file.read_text() for file in outputs(folder, count)]
+    return list(zip(codes, texts, strict=True))
 
 
 def records(file) -> list[dict]:
@@ -168,6 +184,72 @@ def test_what_one_process_cannot_read_ends_all_with_its_line(tmp_path):
     assert last.startswith("error: model directory /nowhere does not exist")
     assert first == last.replace("error: ", "error: process 1: ")
     assert not (tmp_path / "run").exists()
+
+
+# --- One process ends -------------------------------------------------------------------------
+
+GONE = "error: another process is gone: "
+
+
+def arguments_of(workdir) -> tuple[str, ...]:
+    """Those of `two_hosts`, with a checkpoint after every step."""
+    mesh = ("--config.mesh.fsdp=2", "--config.checkpoint.every=1")
+    return ("--config", CONFIG, "--workdir", str(workdir), *OPTIONS, *mesh)
+
+
+def wait_for_step(workdir, processes) -> None:
+    deadline, file = time.monotonic() + 240, workdir / "metrics.jsonl"
+    while not file.exists() or '"loss"' not in file.read_text():
+        assert [p.poll() for p in processes] == [None] * len(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def gone_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(GONE)]
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path, two_hosts, victim
+):
+    workdir, other = tmp_path / "run", 1 - victim
+    with started_hosts(tmp_path, 2, "", *arguments_of(workdir)) as processes:
+        wait_for_step(workdir, processes)
+        processes[victim].kill()
+        began = time.monotonic()
+        code = processes[other].wait(60)
+        print(f"process {other} stopped {time.monotonic() - began:.1f} s after {victim}: {code}")
+    text = outputs(tmp_path, 2)[other].read_text()
+    assert code != 0
+    assert gone_lines(text) == [f"{GONE}process {victim} was killed"], text
+
+    done = run_hosts(tmp_path, 2, "", *arguments_of(workdir))
+    assert [code for code, _ in done] == [0, 0], done
+    trained = lambda folder: [row for row in rows(folder) if "loss" in row][:2]  # noqa: E731
+    whole = two_hosts[0] / "run"
+    check_same_rows(trained(workdir), trained(whole), 0)
+    assert [row["step"] for row in trained(workdir)] == [1, 2]
+    _, params = load_policy(load_config(CONFIG, list(OPTIONS)))
+    ours, theirs = (restore_params(folder, params, step=2) for folder in (workdir, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (ours, params)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("InputError", 2, "no such thing"),
+        pytest.param("KeyError", 1, "KeyError: 'no such thing'", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_in_one_process_ends_the_other_with_its_line(tmp_path, kind, code, said):
+    own = (f"--fail-after=1,{kind}",)
+    done = run_hosts(tmp_path, 2, "", *arguments_of(tmp_path / "run"), own=own)
+    (first, text), (last, own_text) = done
+    assert last == code and first != 0
+    assert gone_lines(text) == [f"{GONE}process 1: {said}"]
+    assert gone_lines(own_text) == [] and "no such thing" in own_text
 
 
 @pytest.mark.parametrize(

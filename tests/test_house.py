@@ -10,14 +10,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "scope_jax"
 
 FLOORS = [
-    ["records", "methods", "configlib"],
+    ["records", "methods", "configlib", "watchman"],
     ["hosts", "sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
     + ["rewards", "prm", "scorers", "endpoint", "teachers", "update", "checkpoint"]
-    + ["metrics", "preemption"],
+    + ["metrics", "preemption", "checks"],
     ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
     + ["programs", "plan"],
     ["train"],

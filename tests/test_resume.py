@@ -181,7 +181,7 @@ def test_a_reward_that_is_not_finite_costs_the_step_and_is_kept(tmp_path):
     steps = [row for row in rows(tmp_path / "run") if "eval/k" not in row]
     assert [row["skipped"] > 0 for row in steps] == [False, True, False]
     assert steps[1]["reward"] is None and "loss" not in steps[1]
-    kept = np.load(tmp_path / "run" / "non_finite" / "step_000002.npz", allow_pickle=False)
+    kept = np.load(tmp_path / "run" / "non_finite" / "step_000002_0.npz", allow_pickle=False)
     assert np.isnan(kept["rewards"]).sum() == 1 and kept["ids"].shape[0] == 32
 
 
