@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def check_groups(before: np.ndarray, after: np.ndarray, solved_at: float, group_
         raise BrokenPromise(f"repair left no wrong rollout in group {group}: it has no signal")
 
 
-def dump_batch(path: pathlib.Path, rows: dict[str, np.ndarray], reason: dict | str) -> None:
+def dump_batch(path: pathlib.Path, rows: dict[str, np.ndarray], reason: Any) -> None:
     """Writes arrays to `path` (.npz) and the reason beside it (.json), each whole or not at all.
 
     Args:

@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
     policy: Policy
     scorer: Scorer | None  # None where nothing reads step scores
-    teacher: Teacher | None  # None where nothing is repaired
+    teacher: Any  # None where nothing is repaired
     optimizer: optax.GradientTransformation
     ref_params: Any  # None unless kl_coef > 0
     seed_key: jax.Array
@@ -89,7 +89,7 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
     policy, params = load_policy(config)
     problems = policy.problems("train")
-    splits = ("train", "eval", "ood") if config.eval.ood else ("train", "eval")
+    splits = ("train", "test", "ood") if config.eval.ood else ("train", "test")
     data = prompt_iterator(
         problems, batch_size=config.data.prompts_per_step, seed=config.seed,
         part=host_part(policy.mesh),

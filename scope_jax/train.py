@@ -186,7 +186,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
             run.policy.model, run.optimizer, state, minis, ref_params=run.ref_params, **options
         )
         infos = jax.device_get(infos)
-    measured = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
+    measured: dict = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
     measured["skipped"] = int(sum(info["skipped"] for info in infos))
     measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
     measured["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
@@ -196,7 +196,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 # ------------------------------------------------------------------------------ the loop
 
 
-def training_step(run: Run, config: ConfigDict, state: TrainState, records, step: int):
+def training_step(run: Run, config: ConfigDict, state: TrainState, records, step: int) -> Any:
     """Takes one step; returns (state, rows as sampled, as trained on, trace, metrics)."""
     checks.check_weights(int(jax.device_get(state.step)), step)
     verified = verifier_stats()
@@ -263,7 +263,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
                 writer.rollouts(step, rows, trace, records, policy.tokenizer, shown)
             if measured["skipped"]:
                 kept = workdir / "non_finite" / f"step_{step:06d}_{jax.process_index()}"
-                checks.dump_batch(kept, trained, checks.find_non_finite(trained))
+                checks.dump_batch(kept, trained, checks.find_non_finite(trained) or "the update")
             checks.stop_if_broken(measured, writer.recent, **config.checks)
             stopping = preemption.anywhere()
             if step == last or stopping or step % config.checkpoint.every == 0:
