@@ -6,7 +6,7 @@ Two thirds are word problems' whole solutions, mostly decided by the fast path; 
 of MATH-500 as models write them, right and wrong, of which many need math-verify. Every pair is
 different text, so nothing is saved by checking equal pairs once. The last line of the output is one
 JSON object: `checks_per_s` of all pairs, `checks_per_s_workers_only` of the pairs that reached a
-worker, `worker_share` their share; medians of --reps runs with warm workers.
+worker, `worker_share` their share, `fast_share` the others'; medians of --reps warm runs.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def main() -> None:
     found = {
         "bench": "verify", "pairs": len(ordinary), "checks_per_s": round(checks_per_s, 1),
         "checks_per_s_workers_only": round(workers_only, 1),
-        "worker_share": round(len(hard) / len(ordinary), 3), "workers": args.workers,
+        "worker_share": round(len(hard) / len(ordinary), 3),
+        "fast_share": round(1 - len(hard) / len(ordinary), 3), "workers": args.workers,
         "timeouts": after.timeouts - before.timeouts, "crashes": after.crashes - before.crashes,
         "load1": round(os.getloadavg()[0], 2), "reps": args.reps,
     }  # fmt: skip

@@ -38,6 +38,8 @@ WORKER_BYTES = 2 << 30  # address space of one worker
 WORKER_CHECKS = 2000  # after so many a worker makes way for a new one: slow leaks end
 
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # "\\." skips escaped braces
+# Shown as nothing, whatever stands beside them; not so what turns the direction of the text.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _DECIMAL = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _RATIONAL = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
 _FRAC = re.compile(r"([+-]?)\\frac\{([^{}]*)\}\{([^{}]*)\}")
@@ -184,10 +186,12 @@ def read_gold(gold: str) -> str:
 
 
 def _normalise(answer: str) -> str:
-    r"""Returns the answer less what never changes its meaning: $, \left, \!, \dfrac, spaces."""
+    r"""Returns the answer less what never changes its meaning: $, \left, \!, spaces, U+200B."""
     if len(answer) > MAX_CHARS:
         return answer  # no real answer; `_fast_verdict` lets it equal only itself
-    answer = answer.strip().strip("*").replace("\\$", "").replace("$", "").strip()
+    answer = (
+        _INVISIBLE.sub("", answer).strip().strip("*").replace("\\$", "").replace("$", "").strip()
+    )
     if answer[:2] in ("\\(", "\\[") and answer[-2:] in ("\\)", "\\]"):
         answer = answer[2:-2]
     answer = answer.replace("\\!", "").replace("{,}", ",").replace("\\%", "%").replace("−", "-")

@@ -111,6 +111,32 @@ def completions(mark: str = "MARK") -> list[tuple[str, str, bool]]:
     for piece in PIECES:
         mass = piece * (1_000_000 // len(piece))
         triples += [(r"\sqrt{3}", t, False) for t in (mass, f"\\boxed{{{mass}}}", f"#### {mass}")]
+    for text in (
+        "",
+        " ",
+        "\n",
+        "\t \r\n",
+        r"\boxed{}",
+        r"\boxed{ }",
+        "####",
+        "$$",
+        "\u200b",
+    ):
+        triples += [("5", t, False) for t in (text, f"5 \\boxed{{{text}}}", f"5\n#### {text}\n5")]
+    for text in (
+        "\u00ad",
+        "\u200b",
+        "\u200c\u200d",
+        "\u200e",
+        "\u200f",
+        "\u2060",
+        "\ufeff",
+        "\u00a0",
+    ):
+        for right, gold in ((True, "15"), (False, "16")):  # a right answer with nothing in between
+            boxes = f"\\boxed{{{text}15{text}}}", f"#### {text}$15${text}\nBye"
+            triples += [(gold, t, right) for t in boxes]
+        triples.append(("x+1", f"\\boxed{{{text}1+{text}x}}", True))
     around = [*ENDLESS, *NUMBERS, *code, *PROTOCOL, *UNSEEN, *LARGE]
     around += [piece * 9999 for piece in PIECES if "boxed" not in piece]
     for i, text in enumerate(around):

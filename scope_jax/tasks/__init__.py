@@ -2,8 +2,9 @@
 
 A task module offers (see worksheet.py for one that offers everything):
 
-    problems(split, **options) -> random-access source of {"id", "problem", "gold", ...}     # for
-    Grain verify(gold, completion) -> bool                                                        #
-    the reward, by default check_steps(gold, steps, finished) -> list[bool]       # optional: exact
-    step labels, for locator="oracle"
+    problems(split, **options)    -> random-access source of {"id", "problem", "gold", ...}, for
+                                     Grain; its `skipped`, if it has one, lists lines left out
+    verify(gold, completion)      -> bool; the reward, by default
+    check_steps(gold, steps, finished) -> list[bool]; optional: exact step labels, for
+                                     locate.locator="oracle"
 """
