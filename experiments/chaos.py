@@ -132,19 +132,27 @@ def _arrays(workdir: pathlib.Path) -> tuple[list[int], dict[str, np.ndarray]]:
     return steps, arrays | {"data": np.frombuffer(json.dumps(data).encode(), np.uint8)}
 
 
-def try_bad_inputs() -> dict[str, int]:
-    """Verifies and reads what tests/hostile.py has; returns how much, wrong rewards and hangs."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import hostile
-
+def try_bad_inputs(workdir: pathlib.Path) -> dict[str, int]:
+    """Verifies and reads what tests/hostile.py has; returns how much, wrong verdicts and hangs."""
+    sys.path.insert(0, str(ROOT))
     from scope_jax.rewards import verify_batch
+    from scope_jax.tasks.math_problems import read_problems
+    from tests import hostile
 
-    cases = hostile.completions()
-    began = time.monotonic()
-    found = verify_batch([c[0] for c in cases], [c[1] for c in cases], timeout=2.0)
-    hangs = int(time.monotonic() - began > HANG)
-    wrong = sum(x != case[2] for x, case in zip(found, cases, strict=True))
-    return {"bad_inputs_tried": len(cases), "wrong_rewards": wrong, "hangs": hangs}
+    began, mark = time.monotonic(), workdir / "executed"
+    golds, texts, expected = zip(*hostile.completions(str(mark)), strict=True)
+    wrong = sum(
+        a != b for a, b in zip(verify_batch(golds, texts, timeout=2.0), expected, strict=True)
+    )
+    good, bad = hostile.good_lines(), [line for line, _ in hostile.bad_lines()]
+    file = workdir / "hostile.jsonl"
+    file.write_bytes(b"".join(line + b"\n" for line in [*good, *bad]))
+    missed = len(bad) - len(read_problems(file, "skip").skipped)
+    return {
+        "bad_inputs_tried": len(texts) + len(good) + len(bad),
+        "wrong_verdicts": wrong, "bad_lines_missed": missed, "executed": int(mark.exists()),
+        "hangs": int(time.monotonic() - began > HANG),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -154,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=3, help="steps from save to save")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-bad-inputs", action="store_true", help="kills alone")
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="new")
     args, args.overrides = parser.parse_known_args()
     args.workdir.mkdir(parents=True)
@@ -190,7 +199,7 @@ def main() -> None:
                   file=sys.stderr, flush=True)  # fmt: skip
             restarts += 1
         different += differences(calm, victim)
-    bad = try_bad_inputs()
+    bad = {"hangs": 0} if args.no_bad_inputs else try_bad_inputs(args.workdir)
     result = {
         "kills": len(lost), "killed_while_saving": saves, "restarts": restarts, "runs": number,
         "bit_equal": not different, "differences": different, "lost_steps": lost,

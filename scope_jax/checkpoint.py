@@ -11,6 +11,7 @@ Paths go through Orbax and etils' `epath`, gs:// too; only local files are teste
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,6 +205,8 @@ def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # TensorStore's own, OSError, Orbax's: all mean that it is not there
+        # Its other arrays could not be written either, and say so when they are let go of.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = _line(error)
         good = max(manager.all_steps(read=True), default=None)
         left = f"the last good one is of step {good}" if good else "there is none before it"
