@@ -18,7 +18,7 @@ import pytest
 from scope_jax import metrics, sharding
 from scope_jax import train as train_module
 from scope_jax.configlib import claim_workdir
-from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host
+from scope_jax.hosts import all_hosts, join_hosts, on_first_host
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.records import PAD, POLICY, TEACHER, InputError, TrainBatch
 from scope_jax.sampling import continue_from, decoding_layout
@@ -163,7 +163,6 @@ def main(folder: pathlib.Path, meshes: str, *of_train: str) -> int:
     for text in of_train:
         if text not in rest:
             fail_after(*text.removeprefix("--fail-after=").split(","))
-    train_module.train = end_together()(train_module.train)
     return train_module.main(rest) if rest else 0
 
 
