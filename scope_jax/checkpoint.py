@@ -204,6 +204,8 @@ def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Makes one line of what can go wrong while a checkpoint is written."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # another process is gone: no fault of the disk's
+        raise
     except Exception as error:  # TensorStore's own, OSError, Orbax's: all mean that it is not there
         # Its other arrays could not be written either, and say so when they are let go of.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
