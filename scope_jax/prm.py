@@ -189,21 +189,23 @@ def score_steps(prm, params, ids, mask, score_positions, step_mask) -> StepScore
       StepScores. A row longer than the PRM's context, or with a score that is not finite, has mask
       False throughout: no score is not "no error", so such a row is never a candidate for repair.
     """
-    return _scorer_for(params)(prm, params, ids, mask, score_positions, step_mask)
+    inputs = (params, ids, mask, score_positions, step_mask)
+    return _scorer_for(inputs)(prm, *inputs)
 
 
 def lower_score_steps(prm, params, ids, mask, score_positions, step_mask):
     """Returns `score_steps` lowered (`jax.stages.Lowered`), for arrays or shapes with shardings."""
-    return _scorer_for(params).lower(prm, params, ids, mask, score_positions, step_mask)
+    inputs = (params, ids, mask, score_positions, step_mask)
+    return _scorer_for(inputs).lower(prm, *inputs)
 
 
-def _scorer_for(params):
-    """Returns the jitted `_score_steps` for the devices that hold the params."""
-    arrays = [x for x in jax.tree.leaves(params) if not isinstance(x, jax.core.Tracer)]
-    places = [x.sharding for x in arrays if getattr(x, "sharding", None) is not None]
-    if not places:  # host arrays; or inside of another jit, which alone may have options
-        return _compiled_scorer(None)
-    return _compiled_scorer(min(places[0].device_set, key=lambda d: d.id))
+def _scorer_for(inputs):
+    """Returns the jitted `_score_steps` for the devices that hold the params, the first inputs."""
+    leaves = jax.tree.leaves(inputs)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return _compiled_scorer(None)  # inside of another jit, which alone may have options
+    places = [x.sharding for x in leaves if getattr(x, "sharding", None) is not None]
+    return _compiled_scorer(min(places[0].device_set, key=lambda d: d.id) if places else None)
 
 
 @functools.cache

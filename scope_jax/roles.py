@@ -225,10 +225,8 @@ def check_options(config: ConfigDict, mesh) -> None:
         raise InputError(
             "learn.packing saves whole micro-batches: set learn.micro_batches above 1 with it"
         )
-    rows, shards = (
-        config.data.prompts_per_step * group_slots(config),
-        mesh.shape["data"] * mesh.shape["fsdp"],
-    )
+    rows = config.data.prompts_per_step * group_slots(config)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = config.learn.mini_batches * config.learn.micro_batches
     over_mesh = f"the {shards} batch shards of the mesh {dict(mesh.shape)}"
     for name, size in {

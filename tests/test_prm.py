@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from scope_jax.models.hf import save_hf
 from scope_jax.models.transformer import Transformer, TransformerConfig, Weight
-from scope_jax.prm import PRM, load_prm, save_prm, score_steps
+from scope_jax.prm import PRM, _compiled_scorer, load_prm, save_prm, score_steps
 from scope_jax.records import InputError
 from scope_jax.sharding import make_mesh
 
@@ -102,6 +102,21 @@ def test_plain_function_is_a_prm():
     scored = score_steps(constant_prm, (), ids, np.ones((2, 4), bool), positions, step_mask)
     np.testing.assert_allclose(scored.scores, [[2 / 10, 4 / 10], [7 / 10, 0]], rtol=1e-6)
     np.testing.assert_array_equal(scored.mask, step_mask)
+
+
+def test_scoring_inside_of_another_jit_leaves_the_options_to_it(monkeypatch):
+    """XLA's options belong to the outermost jit, whichever of the inputs are traced."""
+    options = {"xla_backend_optimization_level": 3}
+    monkeypatch.setattr("scope_jax.prm.update_compiler_options", lambda _: options)
+    jax.clear_caches()
+    _compiled_scorer.cache_clear()
+    rest = (MASK, POSITIONS, STEP_MASK)
+    whole = score_steps(PRM_MODEL, PARAMS, IDS, *rest)
+    of_ids = jax.jit(lambda ids: score_steps(PRM_MODEL, PARAMS, ids, *rest))
+    of_both = jax.jit(lambda params, ids: score_steps(PRM_MODEL, params, ids, *rest))
+    for scored in (of_ids(IDS), of_both(PARAMS, IDS)):
+        np.testing.assert_allclose(scored.scores, whole.scores, rtol=0, atol=1e-5)
+    _compiled_scorer.cache_clear()
 
 
 # --- Rows that cannot be scored -------------------------------------------------------------------
