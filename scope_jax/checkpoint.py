@@ -9,9 +9,13 @@ Paths go through Orbax and etils' `epath`, gs:// too; only local files are teste
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,12 +42,44 @@ def open_checkpoints(
     """
     folder = epath.Path(workdir) / "checkpoints"
     folder = folder if "://" in str(workdir) else folder.absolute()
+    _quieten()
     if clear:  # not by Orbax's option, which may delete in the background what is being saved
         on_first_host(_clear, folder)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=keep_every or None, create=True
     )
     return ocp.CheckpointManager(folder, options=options)
+
+
+def _quieten() -> None:
+    """Leaves it to us to say what went wrong with a checkpoint: once.
+
+    Orbax logs an exception with its traceback in each thread that it passes before it raises it.
+    Of the arrays that it then no longer waits for, each one says so when it is let go of.
+    """
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_is_news)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    said = traceback.format_exception(*record.exc_info) if record.exc_info else ()
+    return "orbax" not in "".join(said)
+
+
+@dataclasses.dataclass
+class _Unraisable:
+    """A `sys.unraisablehook` for all but Orbax's abandoned arrays."""
+
+    other: Callable
+
+    def __call__(self, what) -> None:
+        abandoned = "orbax" in str(getattr(what.object, "cr_code", ""))  # a coroutine of a read
+        late = what.object is None and str(what.exc_value) == "Event loop is closed"  # of a write
+        if not (abandoned or late):
+            self.other(what)
 
 
 def _clear(folder: epath.Path) -> None:
@@ -195,7 +231,8 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 def _line(error: Exception) -> str:
     """Returns an error in one line; of a long one what it was about and, at its end, its cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error).split("[tensorstore_spec=")[0]  # pages of options
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:160]} .. {text[-200:]}"
 
 
@@ -207,10 +244,9 @@ def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
     except jax.errors.JaxRuntimeError:  # another process is gone: no fault of the disk's
         raise
     except Exception as error:  # TensorStore's own, OSError, Orbax's: all mean that it is not there
-        # Its other arrays could not be written either, and say so when they are let go of.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = _line(error)
-        good = max(manager.all_steps(read=True), default=None)
+        manager.reload()
+        good = max(manager.all_steps(), default=None)
         left = f"the last good one is of step {good}" if good else "there is none before it"
         raise InputError(
             f"a checkpoint could not be written to {manager.directory}: {reason}; {left}: make "
