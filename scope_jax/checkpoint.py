@@ -146,10 +146,11 @@ def restore(
             continue
         for bad, why in damaged.items():
             on_first_host(_set_aside, manager, bad)
-            say(f"checkpoint {manager.directory / str(bad)} is damaged: {why}; it is set aside")
+            line = f"checkpoint {manager.directory / str(bad)} is damaged: {why}; it is set aside"
+            on_first_host(say, line)
         if damaged:
             manager.reload()
-            say(f"going on from the checkpoint of step {number}")
+            on_first_host(say, f"going on from the checkpoint of step {number}")
         return found
     if damaged:
         reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())

@@ -18,7 +18,8 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -184,7 +185,7 @@ class Endpoint:
         Args:
           step: hex of the key that the requests' seeds come from.
         """
-        answers = asyncio.run(self._ask_all(wanted, step)) if wanted else []
+        answers = _run(self._ask_all(wanted, step)) if wanted else []
         if self.cache is not None:
             self.cache.write()
         return answers
@@ -310,6 +311,16 @@ class Endpoint:
             why = redact(why, self._key)[:200]
             _LOG.warning("teacher endpoint: %s: %r; more of these are only counted", kind, why)
         return _Try(Answer(failure=f"failed_{kind}", tokens=tokens), again, wait)
+
+
+def _run(work: Coroutine) -> Any:
+    """Returns what `work` does, also where an event loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(asyncio.run, work).result()
 
 
 def read_completion(content: bytes) -> tuple[str, bool, Any] | str:

@@ -41,6 +41,7 @@ SUMMED = (  # of a run's steps, for the table at its end
     "policy_tokens", "teacher_tokens", "corrections/made", "corrections/accepted", "seconds/step",
 )  # fmt: skip
 RECENT, OF_RECENT = 64, ("step", "grad_norm", "skipped")
+WORST = ("recompiles", "hbm_peak_gib", "skipped", "logp_gap")  # the largest of all processes counts
 # Means over some of a process's rows, and how many these were.
 MEANS_OVER = {
     "corrections/correct_share": "corrections/made",
@@ -356,12 +357,7 @@ def over_hosts(metrics: dict) -> dict:
     together = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
-        if key.startswith("seconds/") or key in (
-            "recompiles",
-            "hbm_peak_gib",
-            "skipped",
-            "logp_gap",
-        ):
+        if key.startswith("seconds/") or key in WORST:
             together[key] = max(values)
         elif key.startswith("tokens_per_s/") or isinstance(value, int):
             together[key] = sum(values)

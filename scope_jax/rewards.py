@@ -189,9 +189,8 @@ def _normalise(answer: str) -> str:
     r"""Returns the answer less what never changes its meaning: $, \left, \!, spaces, U+200B."""
     if len(answer) > MAX_CHARS:
         return answer  # no real answer; `_fast_verdict` lets it equal only itself
-    answer = (
-        _INVISIBLE.sub("", answer).strip().strip("*").replace("\\$", "").replace("$", "").strip()
-    )
+    answer = _INVISIBLE.sub("", answer).strip().strip("*")
+    answer = answer.replace("\\$", "").replace("$", "").strip()
     if answer[:2] in ("\\(", "\\[") and answer[-2:] in ("\\)", "\\]"):
         answer = answer[2:-2]
     answer = answer.replace("\\!", "").replace("{,}", ",").replace("\\%", "%").replace("−", "-")

@@ -121,11 +121,8 @@ def main(index: int, count: int, address: str) -> None:
 
 
 if __name__ == "__main__":
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to a whole job; this ends with its process
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to a whole job; this ends with its process
     try:
         main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     except (OSError, ValueError) as error:

@@ -3,6 +3,8 @@
 A problem's text begins with the fault that its row gets (endpoint_server.py).
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import pathlib
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from test_train import run, training_rows
 
-from scope_jax import roles
+from scope_jax import roles, train
 from scope_jax.configlib import load_config
 from scope_jax.endpoint import FAILURES, Cache, Endpoint, Wanted, check_url, open_cache, redact
 from scope_jax.models.hf import load_tokenizer
@@ -30,13 +32,19 @@ TOKENIZER, (EOS,) = load_tokenizer("scope_jax/tasks/worksheet_models/policy")
 U, T, SECRET = 24, 40, "sk-very\\secret/1234"
 
 
-@pytest.fixture(scope="module")
-def port():
+@contextlib.contextmanager
+def started_server():
     script = pathlib.Path(__file__).with_name("endpoint_server.py")
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         yield int(server.stdout.readline())
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def port():
+    with started_server() as port:
+        yield port
 
 
 @pytest.fixture
@@ -404,11 +412,55 @@ def test_processes_and_attempts_share_the_budgets(monkeypatch, tmp_path):
     assert found[1].tokens is None and found[1].cache is None
 
 
-def test_worksheet_trains_with_a_teacher_behind_a_server(port, stats, tmp_path, capsys):
+def run_with(port, workdir, *overrides):
     teacher = {"kind": "endpoint", "path": "", "model": "far", "url": f"http://127.0.0.1:{port}/v1"}
     options = [f"--config.teacher.{name}={value}" for name, value in teacher.items()]
-    run(tmp_path / "run", *options, "--config.eval.ood=False", config="worksheet:n=3,runlocal")
+    options += ["--config.eval.ood=False", *overrides]
+    run(workdir, *options, config="worksheet:n=3,runlocal")
+
+
+def test_worksheet_trains_with_a_teacher_behind_a_server(port, stats, tmp_path, capsys):
+    run_with(port, tmp_path / "run")
     assert f"teacher: far at http://127.0.0.1:{port}/v1" in capsys.readouterr().out
     steps = training_rows(tmp_path / "run")
     assert len(steps) == 2 and all(np.isfinite(row["loss"]) for row in steps)
     assert stats()["requests"] == sum(row["corrections/made"] for row in steps) > 0
+
+
+def test_a_run_goes_on_with_the_answers_it_had_though_the_server_is_gone(tmp_path, monkeypatch):
+    options = [
+        "--config.total_steps=3",
+        "--config.checkpoint.every=2",
+        "--config.correct.accept=any",
+    ]
+    learn, calls = train.learn, []
+
+    def killed_in_step_3(*args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    with started_server() as port:
+        run_with(port, tmp_path / "calm", *options)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(train, "learn", killed_in_step_3)
+            run_with(port, tmp_path / "run", *options)
+    run_with(port, tmp_path / "run", *options)
+    of_process = ("seconds/", "tokens_per_s/", "mfu/", "hbm_peak_gib", "recompiles")
+    of_process += ("teacher/cached",)
+    calm, resumed = (
+        [{k: v for k, v in row.items() if not k.startswith(of_process)} for row in training_rows(d)]
+        for d in (tmp_path / "calm", tmp_path / "run")
+    )
+    assert resumed == calm and len(calm) == 3
+    assert calm[2]["corrections/accepted"] > 0 and calm[2]["teacher/finished"] > 0
+    last = training_rows(tmp_path / "run")[2]
+    assert last["teacher/cached"] == last["teacher/requests"] > 0
+
+
+def test_a_notebook_whose_event_loop_runs_can_ask(port):
+    async def cell():
+        return ask(endpoint(port), ["ok", "404"])
+
+    assert [answer.failure for answer in asyncio.run(cell())] == ["", "failed_status"]
