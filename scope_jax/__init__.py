@@ -5,6 +5,7 @@ Every stage is a pure function that can be imported alone; `scope_jax.train` is 
 them.
 """
 
+from scope_jax.credit import group_advantages
 from scope_jax.diversity import (
     distinct_n,
     equation_diversity,
@@ -13,7 +14,7 @@ from scope_jax.diversity import (
     textual_diversity,
 )
 from scope_jax.locate import first_error_step, prefix_length
-from scope_jax.losses import group_advantages, policy_loss, shape_off_policy, token_logps
+from scope_jax.losses import policy_loss, shape_off_policy, token_logps
 from scope_jax.models.hf import load_hf, save_hf
 from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import load_prm, save_prm, score_steps

@@ -158,6 +158,17 @@ def restore(
     return None
 
 
+def go_on(manager: ocp.CheckpointManager, state: TrainState, data) -> tuple[TrainState, int]:
+    """Returns (the state to go on from, the steps that it has seen): that of the newest checkpoint
+    that is whole, to whose place the data iterator is set, or what is given. See `restore`.
+    """
+    found = restore(manager, state)
+    if found is None:
+        return state, 0
+    data.set_state(found[1])
+    return found[0], int(found[0].step)
+
+
 def restore_params(workdir, params, step: int | None = None):
     """Returns the params of a workdir's checkpoint, without its optimizer state.
 

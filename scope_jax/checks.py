@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from scope_jax.records import POLICY, InputError
@@ -129,6 +130,13 @@ def dump_batch(path: pathlib.Path, rows: dict[str, np.ndarray], reason: Any) -> 
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def keep_skipped(workdir: pathlib.Path, step: int, measured: dict, rows: dict) -> None:
+    """Keeps a process's batch of a step with a skipped update, in WORKDIR/non_finite."""
+    if measured["skipped"]:
+        path = workdir / "non_finite" / f"step_{step:06d}_{jax.process_index()}"
+        dump_batch(path, rows, find_non_finite(rows) or "the update")
 
 
 def gradient_spike(

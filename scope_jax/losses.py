@@ -1,4 +1,4 @@
-"""What a rollout teaches: token log-probs, advantages, the policy loss and its aggregation.
+"""What a batch teaches: token log-probs, the policy loss and its aggregation.
 
 Pure functions of arrays. Shapes as in records.py. The formulas are METHOD's: clipped ratio (PPO,
 https://arxiv.org/abs/1707.06347) on tokens that the sampling policy wrote, LUFFY's shaped
@@ -18,6 +18,7 @@ from scope_jax.records import PAD, POLICY, TEACHER, InputError
 from scope_jax.sharding import batch_axes
 
 LOSS_AGGREGATIONS = ("seq-mean-token-sum-norm", "seq-mean-token-mean", "token-mean")
+RATIOS = ("token", "sequence")
 OFF_POLICY = ("shaped", "linear", "teacher_prob", "sft")
 
 
@@ -149,127 +150,6 @@ def _map(fn, chunks):
     return jax.lax.map(fn, chunks)
 
 
-def group_advantages(
-    rewards, group_size, *, scale="none", baseline="group", on_policy=None, row_mask=None
-):
-    """Returns the advantage of each rollout within its group.
-
-    "group" and scale "none" are Dr.GRPO (https://arxiv.org/abs/2503.20783), "std" is GRPO
-    (https://arxiv.org/abs/2402.03300). All-wrong group of 8 with one row repaired: +0.875 and 7
-    times -0.125.
-
-    Args:
-      rewards: [B] float, row-major by prompt.
-      group_size: slots of a group (B is a multiple of it), empty ones included.
-      scale: "none", or "std": divided by (the sample deviation of all rows that count, ddof 1, +
-        1e-6).
-      baseline: "group" mean; "on_policy" mean of the rows with on_policy True (a group without one
-        falls back to "group"); "leave_one_out" mean of the other rows.
-      on_policy: [B] bool, rows sampled by the policy alone; needed by baseline="on_policy".
-      row_mask: [B] bool, False on empty slots: they are left out of means and deviations and get 0.
-    Returns:
-      [B] float32. A group of one row gets 0.
-    """
-    if baseline not in ("group", "on_policy", "leave_one_out"):
-        raise InputError(
-            f'baseline must be "group", "on_policy" or "leave_one_out", got {baseline!r}'
-        )
-    if scale not in ("none", "std"):
-        raise InputError(f'scale must be "none" or "std", got {scale!r}')
-    chex.assert_rank(rewards, 1)
-    if rewards.shape[0] % group_size:
-        raise InputError(f"{rewards.shape[0]} rewards do not divide into groups of {group_size}")
-    by_group = lambda x: jnp.asarray(x).reshape(-1, group_size)  # noqa: E731  [B] -> [P, G]
-    rewards = by_group(rewards).astype(jnp.float32)
-    counts = jnp.ones_like(rewards, bool) if row_mask is None else by_group(row_mask)
-    rewards = jnp.where(counts, rewards, 0.0)
-    size, total = counts.sum(-1, keepdims=True), rewards.sum(-1, keepdims=True)  # [P, 1]
-
-    def over_mean(total, size):  # rewards - total / size, exactly 0 where all are equal
-        return (size * rewards - total) / jnp.maximum(size, 1)
-
-    advantages = from_group = over_mean(total, size)
-    if baseline == "leave_one_out":
-        advantages = over_mean(total - rewards, size - 1)
-    elif baseline == "on_policy":
-        if on_policy is None:
-            raise InputError(
-                'baseline="on_policy" needs on_policy, the mask of rows sampled by the policy alone'
-            )
-        own = counts & by_group(on_policy)
-        own_size = own.sum(-1, keepdims=True)
-        own_total = jnp.where(own, rewards, 0.0).sum(-1, keepdims=True)
-        advantages = jnp.where(own_size > 0, over_mean(own_total, own_size), from_group)
-    if scale == "std":
-        squares = jnp.where(counts, from_group**2, 0.0).sum(-1, keepdims=True)
-        advantages = advantages / (jnp.sqrt(squares / jnp.maximum(size - 1, 1)) + 1e-6)
-    return jnp.where(counts & (size > 1), advantages, 0.0).reshape(-1)
-
-
-def token_advantages(
-    advantages, token_source, *, w_prefix=1.0, w_correction=1.0, salvage_only=False
-):
-    """Spreads row advantages over tokens, weighted by who wrote them.
-
-    Args:
-      advantages: [B] float32.
-      token_source: [B, T] int8. Rows that hold a TEACHER token are repaired rows.
-      w_prefix: factor on the policy's own tokens of repaired rows.
-      w_correction: factor on TEACHER tokens.
-      salvage_only: policy tokens of repaired rows use max(advantage, 0), so that a kept prefix is
-        never punished.
-    Returns:
-      [B, T] float32.
-    """
-    teacher = token_source == TEACHER
-    prefix = (token_source == POLICY) & teacher.any(-1, keepdims=True)
-    spread = jnp.broadcast_to(advantages[:, None], token_source.shape).astype(jnp.float32)
-    own = jnp.maximum(spread, 0.0) if salvage_only else spread
-    return jnp.where(teacher, w_correction * spread, jnp.where(prefix, w_prefix * own, spread))
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "group_size", "scale", "baseline", "prefix_in_loss", "w_prefix", "w_correction",
-        "salvage_only",
-    ),
-)  # fmt: skip
-def assign_credit(
-    rewards, token_source, row_mask, *, group_size, scale, baseline, prefix_in_loss=True,
-    w_prefix=1.0, w_correction=1.0,
-    salvage_only=False,
-):  # fmt: skip
-    """Spreads row advantages over the tokens that are in the loss, in one program.
-
-    Args:
-      rewards: [B] float32; token_source: [B, T] int8; row_mask: [B] bool, False on empty slots.
-      group_size, scale, baseline: `group_advantages`'; repaired rows are not on policy.
-      prefix_in_loss: False takes the policy's tokens of repaired rows out of every sum and
-        denominator.
-      w_prefix, w_correction, salvage_only: `token_advantages`'.
-    Returns:
-      (advantages [B, T] float32, token_source [B, T] int8 with PAD where a token is in no loss,
-      advantages [B]).
-    """
-    token_source = jnp.where(row_mask[:, None], token_source, PAD).astype(jnp.int8)
-    repaired = (token_source == TEACHER).any(-1)
-    by_row = group_advantages(
-        rewards, group_size, scale=scale, baseline=baseline, on_policy=~repaired, row_mask=row_mask
-    )
-    by_token = token_advantages(
-        by_row,
-        token_source,
-        w_prefix=w_prefix,
-        w_correction=w_correction,
-        salvage_only=salvage_only,
-    )
-    if not prefix_in_loss:
-        left_out = (token_source == POLICY) & repaired[:, None]
-        token_source = jnp.where(left_out, PAD, token_source).astype(jnp.int8)
-    return by_token, token_source, by_row
-
-
 def shape_off_policy(prob, gamma=0.1):
     """Returns LUFFY's f(p) = p / (p + gamma), which keeps a gradient on unlikely tokens.
 
@@ -326,6 +206,7 @@ def policy_loss(
     clip_high=0.2,
     off_policy="shaped",
     gamma=0.1,
+    ratio="token",
     loss_agg="seq-mean-token-sum-norm",
     max_length=None,
 ):
@@ -343,30 +224,36 @@ def policy_loss(
       token_source: [B, T] int8; PAD tokens are in no sum and no denominator.
       clip_low, clip_high: None = that side is not clipped.
       off_policy, gamma: treatment of TEACHER tokens.
+      ratio: "token"; "sequence" is GSPO's (https://arxiv.org/abs/2507.18071, eq. 7): rho of all
+        POLICY tokens of a row is the exponential of the mean of logps - old_logps over them.
       loss_agg, max_length: see `aggregate`; max_length defaults to T.
     Returns:
       ([] float32, dict of [] float32 diagnostics).
     """
     losses, by_token = token_losses(
         logps, old_logps, advantages, token_source, clip_low=clip_low, clip_high=clip_high,
-        off_policy=off_policy, gamma=gamma,
+        off_policy=off_policy, gamma=gamma, ratio=ratio,
     )  # fmt: skip
     loss = aggregate(losses, token_source != PAD, loss_agg, max_length or logps.shape[1])
     return loss, summarize(by_token, token_source, count_tokens(token_source))
 
 
 def token_losses(
-    logps, old_logps, advantages, token_source, *, clip_low, clip_high, off_policy, gamma
-):
+    logps, old_logps, advantages, token_source, *, clip_low, clip_high, off_policy, gamma,
+    ratio="token", segments=None,
+):  # fmt: skip
     """Returns `policy_loss`'s terms: the loss of each token, and what `summarize` reads.
 
-    Args: see `policy_loss`.
+    Args: see `policy_loss`; and
+      segments: [B, T] int32, which rollout of its row a token belongs to, negative on padding;
+        None: a row is a rollout.
     Returns:
       ([B, T] float32, finite and without meaning at PAD where the advantage there is finite; dict
       of [B, T]).
     """
-    if off_policy not in OFF_POLICY:
-        raise InputError(f"off_policy must be one of {', '.join(OFF_POLICY)}, got {off_policy!r}")
+    for name, value, known in (("off_policy", off_policy, OFF_POLICY), ("ratio", ratio, RATIOS)):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     chex.assert_rank([logps, old_logps, token_source], 2)
     chex.assert_equal_shape([logps, old_logps, token_source])
     if advantages.ndim == 1:
@@ -378,25 +265,40 @@ def token_losses(
     # the gradient.
     safe_logps = jnp.where(mask, logps, 0.0)
     log_ratio = jnp.where(reads_old, safe_logps - jnp.where(reads_old, old_logps, 0.0), 0.0)
-    ratio = jnp.exp(jnp.minimum(log_ratio, 80.0))  # finite: 0 * inf is NaN in the backward pass
+    if ratio == "sequence":
+        log_ratio = jnp.where(policy, _sequence_mean(log_ratio, policy, segments), log_ratio)
+    rho = jnp.exp(jnp.minimum(log_ratio, 80.0))  # finite: 0 * inf is NaN in the backward pass
     clipped = jnp.clip(
-        ratio,
+        rho,
         None if clip_low is None else 1.0 - clip_low,
         None if clip_high is None else 1.0 + clip_high,
     )
-    on_policy_loss = -jnp.minimum(ratio * advantages, clipped * advantages)
+    on_policy_loss = -jnp.minimum(rho * advantages, clipped * advantages)
     prob = jnp.exp(jnp.where(teacher, safe_logps, 0.0))
     if off_policy == "shaped":
         teacher_loss = -shape_off_policy(prob, gamma) * advantages
     elif off_policy == "linear":
         teacher_loss = -prob * advantages
     elif off_policy == "teacher_prob":
-        teacher_loss = -jnp.clip(ratio, 0.0, 2.0) * advantages
+        teacher_loss = -jnp.clip(rho, 0.0, 2.0) * advantages
     else:
         teacher_loss = -jnp.where(teacher, safe_logps, 0.0)
-    cut = clipped * advantages < ratio * advantages
-    by_token = {"ratio": ratio, "log_ratio": log_ratio, "cut": cut, "prob": prob}
+    cut = clipped * advantages < rho * advantages
+    by_token = {"ratio": rho, "log_ratio": log_ratio, "cut": cut, "prob": prob}
     return jnp.where(teacher, teacher_loss, on_policy_loss), by_token
+
+
+def _sequence_mean(values, where, segments):
+    """Returns [B, T]: the mean of values over the True tokens of each token's own rollout."""
+    values, where = jnp.where(where, values, 0.0), where.astype(jnp.float32)
+    if segments is None:
+        total, count = (x.sum(-1, keepdims=True) for x in (values, where))
+        return total / jnp.maximum(count, 1)
+    of_row = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=x.shape[0]))
+    safe = jnp.where(segments < 0, segments.shape[1], segments)  # out of range: in no sum
+    total, count = of_row(values, safe), of_row(where, safe)
+    mean = total / jnp.maximum(count, 1)
+    return jnp.take_along_axis(mean, jnp.maximum(segments, 0), axis=1)
 
 
 class TokenCounts(NamedTuple):

@@ -107,8 +107,17 @@ def default_config() -> ConfigDict:
                 "keep_last_wrong": True,
             },
             # What is learnt
+            "returns": {
+                # what a rollout is worth: "outcome", its reward | "prm_blend" | "prm_returns" |
+                # "vppo"; see credit.token_returns
+                "kind": "outcome",
+                "prm_weight": 0.5,
+                "prefix_reward": 0.5,  # of "vppo"
+                "overlong_share": 0.0,  # the last share of max_new_tokens costs up to 1
+            },
             "advantages": {"scale": "none", "baseline": "group"},
             "credit": {
+                "w_policy": 1.0,  # of rollouts that no teacher had a hand in
                 "w_prefix": 1.0,
                 "w_correction": 1.0,
                 "salvage_only": False,
@@ -117,6 +126,7 @@ def default_config() -> ConfigDict:
             "loss": {
                 "clip_low": 0.2,  # none = not clipped
                 "clip_high": 0.2,
+                "ratio": "token",  # | "sequence": one ratio for all of a rollout's policy tokens
                 "off_policy": "shaped",
                 "gamma": 0.1,
                 "loss_agg": "seq-mean-token-sum-norm",
@@ -178,23 +188,60 @@ def default_config() -> ConfigDict:
 
 
 # What each method changes; applied after the config file and before the command line.
+NO_REPAIR = {"correct.n_correct": 0}
+# One rollout of each group gives way to a whole teacher trace, whatever its reward.
+WHOLE_TRACE = {
+    "locate.locator": "zero",
+    "select.select": "any",
+    "select.require_finished": False,
+    "select.min_prefix_steps": 0,
+    "correct.keep_last_wrong": False,
+}
 METHODS = {
     "scope": {},
-    "dr_grpo": {"correct.n_correct": 0},
-    "grpo": {
-        "correct.n_correct": 0,
+    # SCOPE's ablations: another cut; "zero" replaces a wrong rollout by a whole trace.
+    "scope_random": {"locate.locator": "random"},
+    "scope_random_correct": {"locate.locator": "random_correct"},
+    "scope_zero": {"locate.locator": "zero", "select.min_prefix_steps": 0},
+    "scope_oracle": {"locate.locator": "oracle"},
+    # On-policy
+    "dr_grpo": NO_REPAIR,
+    "grpo": NO_REPAIR | {"advantages.scale": "std", "loss.loss_agg": "seq-mean-token-mean"},
+    "dapo": NO_REPAIR
+    | {
+        "advantages.scale": "std",
+        "loss.loss_agg": "token-mean",
+        "loss.clip_high": 0.28,
+        "loss.entropy_coef": 0.0,
+        "returns.overlong_share": 0.2,
+    },
+    "gspo": NO_REPAIR
+    | {
         "advantages.scale": "std",
         "loss.loss_agg": "seq-mean-token-mean",
+        "loss.ratio": "sequence",
+        "loss.clip_low": 3e-4,
+        "loss.clip_high": 4e-4,
     },
-    # One rollout of each group gives way to a whole teacher trace, whatever its reward; no clip on
-    # either side.
-    "luffy": {
-        "locate.locator": "zero",
-        "select.select": "any",
-        "select.require_finished": False,
-        "select.min_prefix_steps": 0,
-        "correct.keep_last_wrong": False,
-        "loss.clip_low": None,
-        "loss.clip_high": None,
+    # A process reward model's word as reward
+    "prm_blend": NO_REPAIR | {"returns.kind": "prm_blend"},
+    "prm_returns": NO_REPAIR | {"returns.kind": "prm_returns"},
+    "vppo": NO_REPAIR | {"returns.kind": "vppo"},
+    # Whole teacher traces
+    "luffy": WHOLE_TRACE | {"loss.clip_low": None, "loss.clip_high": None},
+    # A trace beside each group, learnt by its likelihood; it is in no baseline.
+    "rl_sft": WHOLE_TRACE
+    | {
+        "correct.insert": "append",
+        "loss.off_policy": "sft",
+        "advantages.baseline": "on_policy",
+    },
+    "sft": WHOLE_TRACE
+    | {
+        "correct.insert": "append",
+        "loss.off_policy": "sft",
+        "advantages.baseline": "on_policy",
+        "credit.w_policy": 0.0,
+        "loss.entropy_coef": 0.0,
     },
 }

@@ -8,7 +8,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -80,6 +80,14 @@ class Timer:
         return seconds | speeds
 
 
+@contextlib.contextmanager
+def no_hidden_copies() -> Iterator[None]:
+    """A copy between host and devices that is not spelled out is an error in here."""
+    to_device = jax.transfer_guard_host_to_device("disallow")
+    with to_device, jax.transfer_guard_device_to_host("disallow"):
+        yield
+
+
 def speeds(timer: Timer, model, rows, trained, measured: dict) -> dict[str, float]:
     """Returns a step's seconds and tokens/s by phase, and its `utilisation`; the timer starts over.
 
@@ -125,15 +133,25 @@ def utilisation(model, rows, trained, seconds: dict[str, float]) -> dict[str, fl
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process from the moment it is made."""
+    """Counts XLA compilations of this process from the moment it is made.
+
+    Attributes:
+      count: all of them; recompiles: those inside of `watch(warm=True)`.
+    """
 
     def __init__(self):
-        self.count = 0
+        self.count = self.recompiles = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_):
         del duration_secs
         self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    @contextlib.contextmanager
+    def watch(self, warm: bool) -> Iterator[None]:
+        before = self.count
+        yield
+        self.recompiles += self.count - before if warm else 0
 
 
 class Writer:

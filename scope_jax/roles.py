@@ -14,10 +14,11 @@ import optax
 from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object, lora_options
+from scope_jax.credit import RETURNS
 from scope_jax.data import decode_steps, prompt_iterator, render_prompt, tokenize_prompts
 from scope_jax.endpoint import Endpoint, open_cache, read_api_key
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
-from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY
+from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY, RATIOS
 from scope_jax.metrics import Timer
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.models.lora import make_lora, merge
@@ -117,7 +118,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
     check_options(config, mesh)  # what costs nothing to check goes before the weights
     problems = load_object(f"{config.task.module}:problems", "task.module")
     check_steps = getattr(importlib.import_module(config.task.module), "check_steps", None)
-    if config.locate.locator == "oracle" and config.correct.n_correct and check_steps is None:
+    if config.locate.locator == "oracle" and check_steps is None:
         raise InputError(f'locate.locator="oracle" needs check_steps in {config.task.module}')
     reward_fn = load_object(config.reward.fn, "reward.fn")
     tokenizer, eos_ids = load_tokenizer(config.model.path)
@@ -206,6 +207,8 @@ def check_options(config: ConfigDict, mesh) -> None:
         ("correct", "insert", INSERT),
         ("correct", "accept", ("verified_correct", "prm_ok", "any")),
         ("prm", "reads", ("text", "policy_tokens")),
+        ("returns", "kind", RETURNS),
+        ("loss", "ratio", RATIOS),
         ("loss", "off_policy", OFF_POLICY),
         ("loss", "loss_agg", LOSS_AGGREGATIONS),
     ):
@@ -220,6 +223,11 @@ def check_options(config: ConfigDict, mesh) -> None:
     if config.learn.is_weights and config.learn.old_logps != "recompute":
         raise InputError(
             "learn.is_weights needs learn.old_logps=recompute: what would it weigh by?"
+        )
+    if config.advantages.scale != "none" and config.returns.kind in ("prm_returns", "vppo"):
+        raise InputError(
+            f'returns.kind="{config.returns.kind}" differs from token to token and needs '
+            "advantages.scale=none"
         )
     if config.learn.packing and config.learn.micro_batches == 1:
         raise InputError(
@@ -282,14 +290,13 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     Without `prm.path` the PRM is a random head on a copy of the policy: good for a smoke test, and
     said so.
     """
-    if config.locate.locator == "oracle" and config.correct.n_correct:
+    dense, repairs = config.returns.kind != "outcome", config.correct.n_correct != 0
+    if config.locate.locator == "oracle" and (repairs or dense):
         decode = functools.partial(decode_steps, policy.tokenizer)
         return oracle_scorer(policy.check_steps, decode)
-    reads_scores = (
-        config.locate.locator in ("prm", "random_correct")
-        or config.select.select == "wrong_or_low_prm"
-    )
-    if config.correct.n_correct == 0 or not (reads_scores or config.correct.accept == "prm_ok"):
+    locates = config.locate.locator in ("prm", "random_correct")
+    locates |= config.select.select == "wrong_or_low_prm" or config.correct.accept == "prm_ok"
+    if not (dense or (repairs and locates)):
         return None
     options = config.prm
     if options.path:

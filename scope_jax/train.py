@@ -29,12 +29,12 @@ from ml_collections import ConfigDict
 
 from scope_jax import checkpoint, checks, metrics
 from scope_jax.configlib import claim_workdir, load_config, one_line_errors
+from scope_jax.credit import assign_credit, token_returns
 from scope_jax.data import decode_completions
 from scope_jax.drawing import step_keys
 from scope_jax.evaluate import evaluate_policy
 from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
-from scope_jax.losses import assign_credit
 from scope_jax.preemption import Preemption
 from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, TrainBatch, TrainState
 from scope_jax.rewards import score_completions, verifier_counts, verifier_stats
@@ -100,13 +100,13 @@ def score(run: Run, config: ConfigDict, rows: Rows, records):
     return cut[0], scored.scores, scored.mask, counts
 
 
-def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert_key, teach_keys):
+def repair(run: Run, config: ConfigDict, rows: Rows, records, scored, keys):
     """Repairs each group's best wrong rollouts at their first wrong step; returns (rows with the
     accepted corrections in place, metrics, trace for the rollout files).
     """
     options, mesh, size = config.correct, run.policy.mesh, config.sample.group_size
     solved_at = config.reward.solved_at
-    step_ends, scores, step_mask, counts = score(run, config, rows, records)
+    (step_ends, scores, step_mask), (locate_key, insert_key, teach_keys) = scored, keys
     columns = (rows["rewards"], rows["finished"], scores, step_ends, step_mask)
     spared = options.keep_last_wrong and options.insert != "append"
     spared = spared and config.advantages.baseline == "group"  # else the group may get all right
@@ -118,7 +118,7 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
     first_error, chosen, is_real, kept, targets = own_rows(plan, mesh)
     chosen, targets = chosen % len(first_error), targets % len(first_error)  # among our own rows
     fixed = {name: value[chosen] for name, value in rows.items()}
-    accepted, teacher_tokens, counts = np.zeros(len(chosen), bool), 0, collections.Counter(counts)
+    accepted, teacher_tokens, counts = np.zeros(len(chosen), bool), 0, collections.Counter()
     for key in teach_keys:
         wanted = is_real & ~accepted
         budgets = np.where(wanted, rows["ids"].shape[1] - kept, 0).astype(np.int32)
@@ -133,7 +133,9 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, locate_key, insert
         spliced = own_rows(splice_rollouts(*columns, pad_id=run.policy.pad_id), mesh)
         names = ("ids", "mask", "source", "logps", "overflowed")
         new = fixed | dict(zip(names, spliced, strict=True)) | {"finished": written.stopped}
-        new["rewards"] = verify(run, new, records)
+        new["rewards"] = new["values"] = verify(run, new, records)
+        if "returns" in new:
+            new["returns"] = np.broadcast_to(new["values"][:, None], new["returns"].shape)
         good = wanted & written.stopped & ~new["overflowed"] & acceptable(run, config, new, records)
         for name, value in fixed.items():
             value[good] = new[name][good]
@@ -169,7 +171,8 @@ def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
 def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[TrainState, dict]:
     """Turns a step's rows into advantages and takes `mini_batches` optimizer updates."""
     mesh, slots = run.policy.mesh, len(rows["rewards"]) // (rows["record"][-1] + 1)
-    columns = put_batch((rows["rewards"], rows["source"], rows["row_mask"]), mesh)
+    columns = (rows["values"], rows["source"], rows["row_mask"], rows.get("returns"))
+    columns = put_batch(columns, mesh)
     credit = assign_credit(*columns, group_size=slots, **config.advantages, **config.credit)
     per_token, source, per_row = own_rows(credit, mesh)
     batch = TrainBatch(
@@ -203,9 +206,15 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, records, step
     on_device = replicate(np.int32(step), run.policy.mesh)
     sample_key, *repair_keys = step_keys(run.seed_key, on_device, attempts=config.correct.attempts)
     rows, measured = sample(run, config, state.params, records, sample_key)
-    repaired, trace = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}, None
+    scored, trace = (), None
+    if config.correct.n_correct or run.scorer:
+        *scored, counts = score(run, config, rows, records)
+        measured |= counts
+    bounds = {"tau": config.locate.tau, "solved_at": config.reward.solved_at}
+    rows |= token_returns(rows["rewards"], rows["mask"], *scored, **bounds, **config.returns)
+    repaired = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}
     if config.correct.n_correct:
-        repaired, corrections, trace = repair(run, config, rows, records, *repair_keys)
+        repaired, corrections, trace = repair(run, config, rows, records, scored, repair_keys)
         measured |= corrections
     measured |= verifier_counts(verified)
     if any(all_hosts(checks.find_non_finite(repaired))):
@@ -227,31 +236,25 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     # Where to start: 1. the workdir's newest checkpoint that is whole; 2. model.path.
     keep = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
     checkpoints = checkpoint.open_checkpoints(workdir, **keep, clear=True)
-    state, start = init_state(run.optimizer, params), 0
-    if (restored := checkpoint.restore(checkpoints, state)) is not None:
-        state, data_state = restored
-        data.set_state(data_state)
-        start = int(state.step)
+    state, start = checkpoint.go_on(checkpoints, init_state(run.optimizer, params), data)
     writer = metrics.Writer(workdir, start, run.skipped)
     if start >= config.total_steps and writer.evaluated == start:
         raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
     writer.say(describe(config, policy, params, start))
 
-    recompiles, after, last, every = 0, {}, config.total_steps, config.eval.every
+    after, last, every = {}, config.total_steps, config.eval.every
     evaluates = lambda step: step in (0, last) or (every and step % every == 0)  # noqa: E731
     if evaluates(start) and writer.evaluated != start:
         writer.evaluation(start, after := evaluate_policy(policy, state.params, config))
     with Preemption(config.checkpoint.grace_seconds) as preemption:
         for step in range(start + 1, last + 1):
-            began, compiled = time.perf_counter(), compiles.count
-            no_hidden_copies = jax.transfer_guard_host_to_device("disallow")
-            with no_hidden_copies, jax.transfer_guard_device_to_host("disallow"):
+            began = time.perf_counter()
+            with metrics.no_hidden_copies(), compiles.watch(warm=step > start + 1):
                 state, *of_step = training_step(run, config, state, records := next(data), step)
             rows, trained, trace, measured = of_step
             run.timer.seconds["step"] = time.perf_counter() - began
-            recompiles += compiles.count - compiled if step > start + 1 else 0
             measured |= metrics.speeds(run.timer, policy.model, rows, trained, measured)
-            measured["recompiles"] = recompiles
+            measured["recompiles"] = compiles.recompiles
             if step % config.log.diversity_every == 0:
                 texts = decode_completions(policy.tokenizer, rows["ids"], rows["mask"])
                 measured |= metrics.mean_diversity(texts, config.sample.group_size)
@@ -261,9 +264,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             writer.step(step, measured)
             if step % config.log.rollouts_every == 0:
                 writer.rollouts(step, rows, trace, records, policy.tokenizer, shown)
-            if measured["skipped"]:
-                kept = workdir / "non_finite" / f"step_{step:06d}_{jax.process_index()}"
-                checks.dump_batch(kept, trained, checks.find_non_finite(trained) or "the update")
+            checks.keep_skipped(workdir, step, measured, trained)
             checks.stop_if_broken(measured, writer.recent, **config.checks)
             stopping = preemption.anywhere()
             if step == last or stopping or step % config.checkpoint.every == 0:
@@ -276,7 +277,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
                 writer.evaluation(step, after := evaluate_policy(policy, state.params, config))
     checkpoint.settle(checkpoints)
     checkpoints.close()
-    writer.finish(after, recompiles)
+    writer.finish(after, compiles.recompiles)
     return after
 
 

@@ -234,6 +234,7 @@ def batch_loss(
     clip_high=0.2,
     off_policy="shaped",
     gamma=0.1,
+    ratio="token",
     loss_agg="seq-mean-token-sum-norm",
     max_length=None,
     entropy_coef=0.0,
@@ -263,7 +264,8 @@ def batch_loss(
     mean = lambda values: jnp.where(in_loss, values, 0.0).sum() / counts.in_loss  # noqa: E731
     losses, by_token = token_losses(
         logps, batch.old_logps, batch.advantages, batch.token_source, clip_low=clip_low,
-        clip_high=clip_high, off_policy=off_policy, gamma=gamma,
+        clip_high=clip_high, off_policy=off_policy, gamma=gamma, ratio=ratio,
+        segments=batch.segments if packed else None,
     )  # fmt: skip
     loss = weighed(losses)
     info = summarize(by_token, batch.token_source, counts)

@@ -11,7 +11,17 @@ PACKAGE = ROOT / "scope_jax"
 
 FLOORS = [
     ["records", "methods", "configlib", "watchman"],
-    ["hosts", "sharding", "steps", "prm_formats", "locate", "splicing", "losses", "diversity"]
+    [
+        "hosts",
+        "sharding",
+        "steps",
+        "prm_formats",
+        "locate",
+        "splicing",
+        "credit",
+        "losses",
+        "diversity",
+    ]
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
