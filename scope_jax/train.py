@@ -171,8 +171,7 @@ def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
 def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[TrainState, dict]:
     """Turns a step's rows into advantages and takes `mini_batches` optimizer updates."""
     mesh, slots = run.policy.mesh, len(rows["rewards"]) // (rows["record"][-1] + 1)
-    columns = (rows["values"], rows["source"], rows["row_mask"], rows.get("returns"))
-    columns = put_batch(columns, mesh)
+    columns = put_batch([rows.get(k) for k in ("values", "source", "row_mask", "returns")], mesh)
     credit = assign_credit(*columns, group_size=slots, **config.advantages, **config.credit)
     per_token, source, per_row = own_rows(credit, mesh)
     batch = TrainBatch(

@@ -392,8 +392,8 @@ def _compiled_step(places, treedef):
         _train_step,
         static_argnames=(
             "model", "optimizer", "micro_batches", "group_size", "temperature", "clip_low",
-            "clip_high", "off_policy", "gamma", "loss_agg", "max_length", "entropy_coef", "kl_coef",
-            "chunk_size",
+            "clip_high", "off_policy", "gamma", "ratio", "loss_agg", "max_length", "entropy_coef",
+            "kl_coef", "chunk_size",
         ),
         donate_argnames=("state",),
         out_shardings=(jax.tree.unflatten(treedef, places), None),

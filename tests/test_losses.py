@@ -20,6 +20,7 @@ from scope_jax.losses import (
     policy_loss,
     shape_off_policy,
     token_logps,
+    token_losses,
 )
 from scope_jax.records import PAD, POLICY, TEACHER, InputError
 
@@ -111,6 +112,50 @@ def test_aggregations_by_hand():
     ]
     np.testing.assert_allclose(found, want, rtol=1e-6)
     assert [float(loss_denominator(mask, agg)) for agg in LOSS_AGGREGATIONS] == [2.0, 2.0, 5.0]
+
+
+def slow_gspo(logps, old_logps, advantages, token_source, clip_low, clip_high):
+    """GSPO's objective, negated: mean over rows of -min(s A, clip(s) A), one A a row."""
+    terms = []
+    for i in range(B):
+        own = [t for t in range(T) if token_source[i, t] == POLICY]
+        if not own:
+            continue
+        s = math.exp(math.fsum(float(logps[i, t]) - float(old_logps[i, t]) for t in own) / len(own))
+        a = float(advantages[i])
+        terms.append(-min(s * a, min(max(s, 1 - clip_low), 1 + clip_high) * a))
+    return math.fsum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sequence_ratio_is_gspos(seed):
+    logps, old_logps, advantages, source = random_batch(seed, teacher=False)
+    old_logps = logps + (old_logps - logps) * 0.1  # within the clip, on both sides and beyond
+    options = {"clip_low": 0.03, "clip_high": 0.05}
+    batch = (old_logps, advantages[:, 0], source)
+    (loss, _), grad = value_and_grad(logps, *batch, ratio="sequence", loss_agg=SEQ_MEAN, **options)
+    np.testing.assert_allclose(loss, slow_gspo(logps, *batch, *options.values()), rtol=1e-5)
+    wide, step = logps.astype(np.float64), 1e-5
+    for i, t in itertools.product(range(B), range(T)):
+        sides = []
+        for sign in (1, -1):
+            moved = wide.copy()
+            moved[i, t] += sign * step
+            sides.append(slow_gspo(moved, *batch, *options.values()))
+        np.testing.assert_allclose(grad[i, t], (sides[0] - sides[1]) / (2 * step), atol=1e-5)
+
+
+def test_sequence_ratio_of_packed_rows_is_that_of_their_rollouts():
+    logps, old_logps, advantages, source = random_batch(1)
+    options = {"clip_low": 0.1, "clip_high": 0.1, "off_policy": "shaped", "gamma": 0.1}
+    apart, _ = token_losses(logps, old_logps, advantages, source, ratio="sequence", **options)
+    side_by_side = lambda x: np.concatenate([x[0::2], x[1::2]], axis=1)  # noqa: E731
+    number = np.broadcast_to(np.arange(B)[:, None] % 2, (B, T))
+    segments = np.where(source == PAD, -1, number).astype(np.int32)
+    batch = [side_by_side(x) for x in (logps, old_logps, advantages, source)]
+    packed, _ = token_losses(*batch, ratio="sequence", segments=side_by_side(segments), **options)
+    real = side_by_side(source) != PAD
+    np.testing.assert_allclose(packed[real], side_by_side(np.asarray(apart))[real], rtol=1e-6)
 
 
 def test_unknown_aggregation_or_treatment_is_an_error():

@@ -17,12 +17,18 @@ from scope_jax import train as train_module
 from scope_jax.checkpoint import open_checkpoints
 from scope_jax.configlib import load_config
 from scope_jax.evaluate import main as evaluate_main
+from scope_jax.methods import METHODS
 from scope_jax.models.hf import load_hf, save_hf
 from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import PRM, save_prm
 from scope_jax.train import main, train
 
 WORKSHEET = "worksheet:n=3,runlocal"
+
+
+def never(gold: str, completion: str) -> bool:
+    del gold, completion
+    return False
 
 
 def run(workdir: pathlib.Path, *overrides: str, config: str = WORKSHEET):
@@ -192,6 +198,37 @@ def test_other_methods_and_options_run(tmp_path, options):
     if options[0] == "--config.method=grpo":  # sampled in eight bits, and corrected for it
         assert all(1e-3 < row["logp_gap"] < 1 for row in steps)
         assert all(0.99 < row["is_weight"] < 1.01 for row in steps)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"scope", "dr_grpo", "grpo", "luffy"}))
+def test_every_method_is_a_config_of_this_loop(tmp_path, method, dr_grpo_run):
+    one = "--config.learn.mini_batches=1"  # appended rows divide over 8 devices only whole
+    params = run(tmp_path / "run", f"--config.method={method}", one)
+    steps = training_rows(tmp_path / "run")
+    assert len(steps) == 2 and all(np.isfinite(row["loss"]) for row in steps)
+    assert ("corrections/made" in steps[0]) == (METHODS[method].get("correct.n_correct") != 0)
+    if method in ("scope_random_correct", "prm_blend", "prm_returns", "vppo"):
+        assert "prm/too_long" in steps[0]  # a PRM was asked
+    _, plain = dr_grpo_run
+    assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (params, plain)), strict=True))
+
+
+def test_dense_rewards_of_no_weight_are_dr_grpo(tmp_path, dr_grpo_run):
+    options = ("--config.method=prm_returns", "--config.returns.prm_weight=0.0")
+    params = run(tmp_path / "run", *options)
+    jax.tree.map(np.testing.assert_array_equal, params, dr_grpo_run[1])
+
+
+def test_sft_alone_learns_from_traces_alone(tmp_path):
+    """A sequence without any accepted trace teaches nothing: params stay what they were."""
+    options = (
+        "--config.method=sft",
+        "--config.teacher.path=scope_jax/tasks/worksheet_models/policy",
+    )
+    options += ("--config.optimizer.weight_decay=0.0", "--config.learn.mini_batches=1")
+    run(tmp_path / "run", *options, f"--config.reward.fn={__name__}:never")
+    steps = training_rows(tmp_path / "run")
+    assert all(row["corrections/accepted"] == 0 and row["update_norm"] == 0 for row in steps)
 
 
 @pytest.fixture(scope="module")
