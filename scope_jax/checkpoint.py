@@ -44,11 +44,20 @@ def open_checkpoints(
     folder = folder if "://" in str(workdir) else folder.absolute()
     _quieten()
     if clear:  # not by Orbax's option, which may delete in the background what is being saved
+        if str(folder) in _writing:  # a run that was interrupted in this process, say in a notebook
+            with contextlib.suppress(Exception):
+                _writing.pop(str(folder)).close()  # waits for its last save
         on_first_host(_clear, folder)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=keep_every or None, create=True
     )
-    return ocp.CheckpointManager(folder, options=options)
+    manager = ocp.CheckpointManager(folder, options=options)
+    if clear:
+        _writing[str(folder)] = manager
+    return manager
+
+
+_writing: dict[str, ocp.CheckpointManager] = {}  # by folder
 
 
 def _quieten() -> None:
