@@ -101,6 +101,10 @@ def default_config() -> ConfigDict:
             "correct": {
                 "n_correct": 1,  # repairs per group; 0 = none, -1 = every candidate
                 "attempts": 1,
+                # "suffix": the teacher finishes the solution | "step": it writes one step, then the
+                # policy goes on, and is corrected again, `max_rounds` times at most
+                "scope": "suffix",
+                "max_rounds": 4,
                 "accept": "verified_correct",  # | "prm_ok" | "any"
                 "insert": "replace_source",  # | "append" | "replace_random_wrong"
                 # with replacement and the group baseline: an all-right group teaches nothing
@@ -199,6 +203,7 @@ WHOLE_TRACE = {
 }
 METHODS = {
     "scope": {},
+    "scope_step": {"correct.scope": "step"},
     # SCOPE's ablations: another cut; "zero" replaces a wrong rollout by a whole trace.
     "scope_random": {"locate.locator": "random"},
     "scope_random_correct": {"locate.locator": "random_correct"},

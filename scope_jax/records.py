@@ -100,6 +100,7 @@ class Continuations:
     unaligned: Array | None = None
     # metrics of the call, the same names every time; None where there are none
     counts: dict[str, int] | None = struct.field(pytree_node=False, default=None)
+    source: Array | None = None  # [C, U] int8, who wrote each token; None = the teacher all of them
 
 
 @struct.dataclass

@@ -15,7 +15,13 @@ from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object, lora_options
 from scope_jax.credit import RETURNS
-from scope_jax.data import decode_steps, prompt_iterator, render_prompt, tokenize_prompts
+from scope_jax.data import (
+    decode_completions,
+    decode_steps,
+    prompt_iterator,
+    render_prompt,
+    tokenize_prompts,
+)
 from scope_jax.endpoint import Endpoint, open_cache, read_api_key
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY, RATIOS
@@ -25,7 +31,14 @@ from scope_jax.models.lora import make_lora, merge
 from scope_jax.models.transformer import REMAT, TransformerConfig, declare, init_lora
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
-from scope_jax.records import InputError, Prompts
+from scope_jax.records import (
+    Continuations,
+    CorrectionRequests,
+    InputError,
+    Prompts,
+    ScoreRequests,
+)
+from scope_jax.rewards import score_completions
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import (
@@ -38,6 +51,8 @@ from scope_jax.sharding import (
     shardings,
 )
 from scope_jax.splicing import INSERT
+from scope_jax.steps import segment_steps
+from scope_jax.stepwise import correct_stepwise
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import (
     Teacher,
@@ -78,7 +93,8 @@ class Run(NamedTuple):
 
     policy: Policy
     scorer: Scorer | None  # None where nothing reads step scores
-    teacher: Any  # None where nothing is repaired
+    # (requests, key, the policy's params) -> Continuations; None where nothing is repaired
+    teacher: Any
     optimizer: optax.GradientTransformation
     ref_params: Any  # None unless kl_coef > 0
     seed_key: jax.Array
@@ -97,10 +113,11 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     )  # fmt: skip
     # A prompt that does not fit stops the run before it starts (of a task's: the first one).
     policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
+    scorer, teacher = load_scorer(config, policy, params), load_teacher(config, policy, workdir)
     run = Run(
         policy=policy,
-        scorer=load_scorer(config, policy, params),
-        teacher=load_teacher(config, policy, workdir),
+        scorer=scorer,
+        teacher=None if teacher is None else teach_in_scope(config, policy, teacher, scorer),
         optimizer=make_optimizer(
             config.total_steps * config.learn.mini_batches, **config.optimizer
         ),
@@ -206,6 +223,7 @@ def check_options(config: ConfigDict, mesh) -> None:
         ("select", "trigger", TRIGGERS),
         ("correct", "insert", INSERT),
         ("correct", "accept", ("verified_correct", "prm_ok", "any")),
+        ("correct", "scope", ("suffix", "step")),
         ("prm", "reads", ("text", "policy_tokens")),
         ("returns", "kind", RETURNS),
         ("loss", "ratio", RATIOS),
@@ -336,6 +354,27 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     return token_scorer(score_fn, max_length=prm.max_position)
 
 
+def verify_rows(policy: Policy, ids, mask, records) -> np.ndarray:
+    """Returns the rewards [B] float32 of completions [B, T] of B records."""
+    texts = decode_completions(policy.tokenizer, ids, mask)
+    rewards = score_completions(policy.reward_fn, [record["gold"] for record in records], texts)
+    return np.asarray(rewards, np.float32)
+
+
+def score_rows(
+    config: ConfigDict, policy: Policy, scorer: Scorer | None, prompt_ids, prompt_mask, ids, mask,
+    finished, records,
+):  # fmt: skip
+    """Cuts completions into steps and scores them: step_ends, scores, step_mask [B, S], counts."""
+    cut = segment_steps(policy.tokenizer, ids, mask, **config.steps)
+    if scorer is None:
+        return cut[0], np.ones(cut[0].shape, np.float32), cut[1], {}
+    scored, counts = scorer(
+        ScoreRequests(prompt_ids, prompt_mask, ids, mask, finished, *cut, records=tuple(records))
+    )
+    return cut[0], scored.scores, scored.mask, counts
+
+
 def load_teacher(
     config: ConfigDict, policy: Policy, workdir: pathlib.Path | None = None
 ) -> Teacher | None:
@@ -363,7 +402,7 @@ def load_teacher(
     )
     model, params = decoding_layout(model, params, policy.decode_mesh)
     tokenizer, eos_ids = load_tokenizer(config.teacher.path)
-    ends = row_ends(tokenizer, eos_ids, config.sample.stop, model.config.vocab_size)
+    ends = row_ends(tokenizer, eos_ids, teacher_stop(config), model.config.vocab_size)
     sampling = {
         **ends,
         "stop_table": replicate(ends["stop_table"], policy.decode_mesh),
@@ -404,6 +443,55 @@ def load_teacher(
     )  # fmt: skip
 
 
+def teacher_stop(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the strings that end what a teacher writes: by steps, a literal separator too."""
+    splitter, stop = config.steps.splitter, tuple(config.sample.stop)
+    literal = isinstance(splitter, str) and not splitter.strip()
+    return (*stop, splitter) if config.correct.scope == "step" and literal else stop
+
+
+def teach_in_scope(
+    config: ConfigDict, policy: Policy, teacher: Teacher, scorer: Scorer | None
+) -> Callable[..., Continuations]:
+    """Returns (requests, key, the policy's params) -> Continuations, whole suffixes or by steps."""
+    if config.correct.scope == "suffix":
+        return lambda requests, key, params: teacher(requests, key)  # noqa: ARG005
+    eos_id, mesh = policy.tokenizer.eos_token_id, policy.decode_mesh
+    sampling = {key: config.sample[key] for key in ("temperature", "top_k", "top_p", "min_p")}
+    cut_steps = functools.partial(segment_steps, policy.tokenizer, **config.steps)
+
+    def continue_policy(params, requests: CorrectionRequests, key) -> Continuations:
+        columns = (requests.prompt_ids, requests.prompt_mask, requests.prefix_ids)
+        columns = put_batch((*columns, requests.prefix_length, requests.budgets), mesh)
+        layout = decoding_layout(policy.model, params, mesh, int8=config.sample.int8)
+        written = continue_from(
+            *layout, *columns[:4], key=key, max_new_tokens=columns[4],
+            buffer_length=config.sample.max_new_tokens, **policy.ends, **sampling,
+        )  # fmt: skip
+        own = own_rows(written, mesh)
+        return Continuations(own.completion_ids, own.completion_mask, own.logps, own.finished)
+
+    def judge(requests: CorrectionRequests, mask, finished):
+        rows = (requests.prompt_ids, requests.prompt_mask, requests.prefix_ids, mask, finished)
+        right = verify_rows(policy, rows[2], mask, requests.records) >= config.reward.solved_at
+        ends, scores, step_mask, _ = score_rows(
+            config, policy, scorer, *rows, records=requests.records
+        )
+        low = (scores < config.locate.tau) & step_mask
+        first = low.argmax(1)  # the first wrong step begins where the one before it ends
+        cut = np.where(first > 0, ends[np.arange(len(ends)), first - 1], 0)
+        return right, np.where(low.any(1), cut, -1).astype(np.int32)
+
+    def teach(requests, key, params):
+        return correct_stepwise(
+            requests, key, teach=teacher, go_on=functools.partial(continue_policy, params),
+            first_end=lambda ids, mask: cut_steps(ids, mask)[0][:, 0], judge=judge,
+            max_rounds=config.correct.max_rounds, policy_eos_id=eos_id,
+        )  # fmt: skip
+
+    return teach
+
+
 def load_endpoint(config: ConfigDict, policy: Policy, workdir: pathlib.Path | None) -> Teacher:
     """Returns the teacher behind a server. Nothing is sent or written yet."""
     options, processes = config.teacher, jax.process_count()
@@ -436,5 +524,5 @@ def load_endpoint(config: ConfigDict, policy: Policy, workdir: pathlib.Path | No
     return endpoint_teacher(
         ask, policy.tokenizer, functools.partial(render_prompt, tokenizer, **config.prompt),
         policy_eos_id=policy.tokenizer.eos_token_id, max_new_tokens=config.sample.max_new_tokens,
-        teacher_tokenizer=tokenizer, stop=tuple(config.sample.stop),
+        teacher_tokenizer=tokenizer, stop=teacher_stop(config),
     )  # fmt: skip

@@ -98,16 +98,21 @@ def splice_values(values, mask, prefix_length, continuation_values, continuation
 
 
 @functools.partial(jax.jit, static_argnames="pad_id")
-def splice_rollouts(ids, mask, logps, prefix_length, new_ids, new_mask, new_logps, *, pad_id):
+def splice_rollouts(
+    ids, mask, logps, prefix_length, new_ids, new_mask, new_logps, new_source=None, *, pad_id
+):
     """Splices ids, sources and log-probs of a batch in one program.
 
+    Args:
+      new_source: [B, U] int8, who wrote each new token; None: the teacher.
     Returns:
       (ids, mask, token_source, logps, overflowed) as `splice` and `splice_values`.
     """
     logps, _, _ = splice_values(logps, mask, prefix_length, new_logps, new_mask, fill=0.0)
     ids, mask, source, overflowed = splice(
-        ids, mask, prefix_length, new_ids, new_mask, pad_id=pad_id
-    )
+        ids, mask, prefix_length, new_ids, new_mask, pad_id=pad_id,
+        continuation_source=TEACHER if new_source is None else new_source,
+    )  # fmt: skip
     return ids, mask, source, logps, overflowed
 
 

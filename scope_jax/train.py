@@ -36,13 +36,12 @@ from scope_jax.evaluate import evaluate_policy
 from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
 from scope_jax.preemption import Preemption
-from scope_jax.records import CorrectionRequests, InputError, ScoreRequests, TrainBatch, TrainState
-from scope_jax.rewards import score_completions, verifier_counts, verifier_stats
-from scope_jax.roles import Run, describe, load_run
+from scope_jax.records import TEACHER, CorrectionRequests, InputError, TrainBatch, TrainState
+from scope_jax.rewards import verifier_counts, verifier_stats
+from scope_jax.roles import Run, describe, load_run, score_rows, verify_rows
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
-from scope_jax.steps import segment_steps
 from scope_jax.update import init_state, put_minis, update_policy
 
 Rows = dict[str, Any]
@@ -78,9 +77,8 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
 def verify(run: Run, rows: Rows, records) -> np.ndarray:
     """Returns the reward of each row, [B] float32."""
     with run.timer("verify"):
-        texts = decode_completions(run.policy.tokenizer, rows["ids"], rows["mask"])
-        golds = [records[i]["gold"] for i in rows["record"]]
-        return np.asarray(score_completions(run.policy.reward_fn, golds, texts), np.float32)
+        of_row = [records[i] for i in rows["record"]]
+        return verify_rows(run.policy, rows["ids"], rows["mask"], of_row)
 
 
 # ------------------------------------------------------------------------------ score, repair
@@ -88,19 +86,13 @@ def verify(run: Run, rows: Rows, records) -> np.ndarray:
 
 def score(run: Run, config: ConfigDict, rows: Rows, records):
     """Cuts completions into steps and scores them: step_ends, scores, step_mask [B, S], counts."""
+    columns = [rows[k] for k in ("prompt_ids", "prompt_mask", "ids", "mask", "finished")]
+    of_row = [records[i] for i in rows["record"]]
     with run.timer("score"):
-        cut = segment_steps(run.policy.tokenizer, rows["ids"], rows["mask"], **config.steps)
-        if run.scorer is None:
-            return cut[0], np.ones(cut[0].shape, np.float32), cut[1], {}
-        requests = ScoreRequests(
-            rows["prompt_ids"], rows["prompt_mask"], rows["ids"], rows["mask"], rows["finished"],
-            *cut, records=tuple(records[i] for i in rows["record"]),
-        )  # fmt: skip
-        scored, counts = run.scorer(requests)
-    return cut[0], scored.scores, scored.mask, counts
+        return score_rows(config, run.policy, run.scorer, *columns, records=of_row)
 
 
-def repair(run: Run, config: ConfigDict, rows: Rows, records, scored, keys):
+def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, keys):
     """Repairs each group's best wrong rollouts at their first wrong step; returns (rows with the
     accepted corrections in place, metrics, trace for the rollout files).
     """
@@ -127,9 +119,10 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, scored, keys):
             records=tuple(records[i] for i in fixed["record"]),
         )  # fmt: skip
         with run.timer("teach"):
-            written = run.teacher(requests, key)
+            written = run.teacher(requests, key, params)
         columns = (fixed["ids"], fixed["mask"], fixed["logps"], kept)
-        columns = put_batch((*columns, written.ids, written.mask, written.logps), mesh)
+        columns += (written.ids, written.mask, written.logps, written.source)
+        columns = put_batch(columns, mesh)
         spliced = own_rows(splice_rollouts(*columns, pad_id=run.policy.pad_id), mesh)
         names = ("ids", "mask", "source", "logps", "overflowed")
         new = fixed | dict(zip(names, spliced, strict=True)) | {"finished": written.stopped}
@@ -140,7 +133,8 @@ def repair(run: Run, config: ConfigDict, rows: Rows, records, scored, keys):
         for name, value in fixed.items():
             value[good] = new[name][good]
         accepted |= good
-        teacher_tokens += int(written.mask.sum())
+        by_teacher = True if written.source is None else written.source == TEACHER
+        teacher_tokens += int((written.mask & by_teacher).sum())
         counts.update(written.counts or {})
     repaired = insert_rows(
         rows, fixed, targets=targets, accepted=accepted, group_size=size, insert=options.insert
@@ -213,7 +207,9 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, records, step
     rows |= token_returns(rows["rewards"], rows["mask"], *scored, **bounds, **config.returns)
     repaired = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}
     if config.correct.n_correct:
-        repaired, corrections, trace = repair(run, config, rows, records, scored, repair_keys)
+        repaired, corrections, trace = repair(
+            run, config, state.params, rows, records, scored, repair_keys
+        )
         measured |= corrections
     measured |= verifier_counts(verified)
     if any(all_hosts(checks.find_non_finite(repaired))):
