@@ -10,6 +10,7 @@ says who wrote it.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -57,6 +58,7 @@ def correct_stepwise(
     counts = collections.Counter({"teacher/rounds": 0, "teacher/policy_tokens": 0})
 
     def ask(writer: Continue, at, wanted, key) -> Continuations:
+        at = np.where(wanted, at, 0).astype(np.int32)
         budgets = np.where(wanted, width - at, 0).astype(np.int32)
         cut = {"prefix_ids": ids, "prefix_length": at, "budgets": budgets}
         return writer(dataclasses.replace(requests, **cut), key)
@@ -68,11 +70,10 @@ def correct_stepwise(
         logps[row, at] = written.logps[row, :count]
         length[row] = at.stop
 
-    for number in range(max_rounds):
+    for step_key, own_key in _round_keys(key, max_rounds):
         if not any(all_hosts(bool(opened.any()))):
             break
         counts["teacher/rounds"] += int(opened.sum())
-        step_key, own_key = jax.random.split(jax.random.fold_in(key, number))
         step = ask(teach, cut, opened, step_key)
         counts.update(step.counts or {})
         ends = np.minimum(first_end(step.ids, step.mask), np.asarray(step.mask).sum(1))
@@ -82,7 +83,7 @@ def correct_stepwise(
             ended[row] = ends[row] > 0 and ids[row, length[row] - 1] == policy_eos_id
         opened &= ends > 0
         behind, goes_on = length.copy(), opened & ~ended & (length < width)
-        own = ask(go_on, length.copy(), goes_on, own_key)
+        own = ask(go_on, length, goes_on, own_key)
         for row in np.flatnonzero(goes_on).tolist():
             count = int(np.asarray(own.mask)[row].sum())
             place(row, own, count, POLICY)
@@ -93,6 +94,12 @@ def correct_stepwise(
         right, cut = judge(whole, mask, ended)
         opened &= ended & ~right & (cut >= behind)
     return _behind(start, length, ids, source, logps, ended & (length > start), dict(counts))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _round_keys(key, rounds: int):
+    """Returns (teacher's, policy's) keys of each round, in one program."""
+    return [tuple(jax.random.split(jax.random.fold_in(key, i))) for i in range(rounds)]
 
 
 def _behind(start, length, ids, source, logps, stopped, counts) -> Continuations:
