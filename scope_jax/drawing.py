@@ -112,9 +112,11 @@ def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames="attempts")
-def step_keys(seed_key, step, attempts):
-    """Returns a step's keys (sample, locate, insert, [teach ..]), functions of (seed, step)."""
+@functools.partial(jax.jit, static_argnames=("attempts", "refills"))
+def step_keys(seed_key, step, attempts, refills=0):
+    """Returns a step's keys (sample, [refill ..], locate, insert, [teach ..]), functions of (seed,
+    step).
+    """
     step_key = jax.random.fold_in(seed_key, step)
-    keys = [jax.random.fold_in(step_key, purpose) for purpose in range(3 + attempts)]
-    return *keys[:3], keys[3:]
+    keys = [jax.random.fold_in(step_key, purpose) for purpose in range(3 + attempts + refills)]
+    return keys[0], keys[3 + attempts :], *keys[1:3], keys[3 : 3 + attempts]

@@ -87,6 +87,9 @@ def default_config() -> ConfigDict:
                 # learn.old_logps=recompute and learn.is_weights=True with it
                 "int8": (),
             },
+            # Groups without signal (all right or all wrong) are sampled anew, of other problems, in
+            # so many further batches at most; what is left over of these is thrown away (DAPO)
+            "refill": {"rounds": 0},
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},
             "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
@@ -219,6 +222,7 @@ METHODS = {
         "loss.clip_high": 0.28,
         "loss.entropy_coef": 0.0,
         "returns.overlong_share": 0.2,
+        "refill.rounds": 3,
     },
     "gspo": NO_REPAIR
     | {

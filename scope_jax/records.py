@@ -102,6 +102,10 @@ class Continuations:
     counts: dict[str, int] | None = struct.field(pytree_node=False, default=None)
     source: Array | None = None  # [C, U] int8, who wrote each token; None = the teacher all of them
 
+    def teacher_tokens(self) -> int:
+        """Returns how many tokens the teacher wrote."""
+        return int((self.mask if self.source is None else self.source == TEACHER).sum())
+
 
 @struct.dataclass
 class TrainBatch:

@@ -36,7 +36,8 @@ from scope_jax.evaluate import evaluate_policy
 from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host, shared_errors
 from scope_jax.locate import plan_corrections
 from scope_jax.preemption import Preemption
-from scope_jax.records import TEACHER, CorrectionRequests, InputError, TrainBatch, TrainState
+from scope_jax.records import CorrectionRequests, InputError, TrainBatch, TrainState
+from scope_jax.refill import refill_groups
 from scope_jax.rewards import verifier_counts, verifier_stats
 from scope_jax.roles import Run, describe, load_run, score_rows, verify_rows
 from scope_jax.sampling import decoding_layout, generate
@@ -120,9 +121,8 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
         )  # fmt: skip
         with run.timer("teach"):
             written = run.teacher(requests, key, params)
-        columns = (fixed["ids"], fixed["mask"], fixed["logps"], kept)
-        columns += (written.ids, written.mask, written.logps, written.source)
-        columns = put_batch(columns, mesh)
+        columns = (fixed["ids"], fixed["mask"], fixed["logps"], kept, written.ids, written.mask)
+        columns = put_batch((*columns, written.logps, written.source), mesh)
         spliced = own_rows(splice_rollouts(*columns, pad_id=run.policy.pad_id), mesh)
         names = ("ids", "mask", "source", "logps", "overflowed")
         new = fixed | dict(zip(names, spliced, strict=True)) | {"finished": written.stopped}
@@ -133,8 +133,7 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
         for name, value in fixed.items():
             value[good] = new[name][good]
         accepted |= good
-        by_teacher = True if written.source is None else written.source == TEACHER
-        teacher_tokens += int((written.mask & by_teacher).sum())
+        teacher_tokens += written.teacher_tokens()
         counts.update(written.counts or {})
     repaired = insert_rows(
         rows, fixed, targets=targets, accepted=accepted, group_size=size, insert=options.insert
@@ -143,7 +142,7 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
     if spared:
         checks.check_groups(rows["rewards"], repaired["rewards"], solved_at, size)
     wrong = rows["rewards"] < solved_at
-    plan = first_error, chosen, is_real
+    plan = (first_error, chosen, is_real)
     measured = metrics.correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
     return repaired, measured | counts, trace
@@ -192,13 +191,19 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
 # ------------------------------------------------------------------------------ the loop
 
 
-def training_step(run: Run, config: ConfigDict, state: TrainState, records, step: int) -> Any:
-    """Takes one step; returns (state, rows as sampled, as trained on, trace, metrics)."""
+def training_step(run: Run, config: ConfigDict, state: TrainState, data, step: int) -> Any:
+    """Takes a step; returns (state, problems, rows as sampled, as trained on, trace, metrics)."""
+
+    def draw(key):
+        records = next(data)
+        return records, *sample(run, config, state.params, records, key)
+
     checks.check_weights(int(jax.device_get(state.step)), step)
     verified = verifier_stats()
     on_device = replicate(np.int32(step), run.policy.mesh)
-    sample_key, *repair_keys = step_keys(run.seed_key, on_device, attempts=config.correct.attempts)
-    rows, measured = sample(run, config, state.params, records, sample_key)
+    repeats = {"attempts": config.correct.attempts, "refills": config.refill.rounds}
+    keys = step_keys(run.seed_key, on_device, **repeats)
+    records, rows, measured = refill_groups(draw, keys[1], *draw(keys[0]))
     scored, trace = (), None
     if config.correct.n_correct or run.scorer:
         *scored, counts = score(run, config, rows, records)
@@ -207,9 +212,8 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, records, step
     rows |= token_returns(rows["rewards"], rows["mask"], *scored, **bounds, **config.returns)
     repaired = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}
     if config.correct.n_correct:
-        repaired, corrections, trace = repair(
-            run, config, state.params, rows, records, scored, repair_keys
-        )
+        args = (state.params, rows, records, scored, keys[2:])
+        repaired, corrections, trace = repair(run, config, *args)
         measured |= corrections
     measured |= verifier_counts(verified)
     if any(all_hosts(checks.find_non_finite(repaired))):
@@ -217,7 +221,7 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, records, step
     else:
         state, learnt = learn(run, config, state, repaired)
         measured |= learnt
-    return dataclasses.replace(state, step=on_device), rows, repaired, trace, measured
+    return dataclasses.replace(state, step=on_device), records, rows, repaired, trace, measured
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
@@ -245,8 +249,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
             with metrics.no_hidden_copies(), compiles.watch(warm=step > start + 1):
-                state, *of_step = training_step(run, config, state, records := next(data), step)
-            rows, trained, trace, measured = of_step
+                state, *of_step = training_step(run, config, state, data, step)
+            records, rows, trained, trace, measured = of_step
             run.timer.seconds["step"] = time.perf_counter() - began
             measured |= metrics.speeds(run.timer, policy.model, rows, trained, measured)
             measured["recompiles"] = compiles.recompiles

@@ -26,7 +26,17 @@ FLOORS = [
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
-    + ["rewards", "prm", "scorers", "endpoint", "teachers", "stepwise", "update", "checkpoint"]
+    + [
+        "rewards",
+        "prm",
+        "scorers",
+        "endpoint",
+        "teachers",
+        "stepwise",
+        "refill",
+        "update",
+        "checkpoint",
+    ]
     + ["metrics", "preemption", "checks"],
     ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
     + ["programs", "plan"],
