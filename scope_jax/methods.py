@@ -93,6 +93,8 @@ def default_config() -> ConfigDict:
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},
             "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
+            # How often the checker of locator="oracle" calls a right step wrong, a wrong one right
+            "oracle": {"false_alarms": 0.0, "misses": 0.0},
             "select": {
                 "select": "wrong",
                 "require_finished": True,
@@ -212,6 +214,11 @@ METHODS = {
     "scope_random_correct": {"locate.locator": "random_correct"},
     "scope_zero": {"locate.locator": "zero", "select.min_prefix_steps": 0},
     "scope_oracle": {"locate.locator": "oracle"},
+    "scope_noisy": {
+        "locate.locator": "oracle",
+        "oracle.false_alarms": 0.2,
+        "oracle.misses": 0.3,
+    },
     # On-policy
     "dr_grpo": NO_REPAIR,
     "grpo": NO_REPAIR | {"advantages.scale": "std", "loss.loss_agg": "seq-mean-token-mean"},

@@ -311,7 +311,7 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     dense, repairs = config.returns.kind != "outcome", config.correct.n_correct != 0
     if config.locate.locator == "oracle" and (repairs or dense):
         decode = functools.partial(decode_steps, policy.tokenizer)
-        return oracle_scorer(policy.check_steps, decode)
+        return oracle_scorer(policy.check_steps, decode, seed=config.seed, **config.oracle)
     locates = config.locate.locator in ("prm", "random_correct")
     locates |= config.select.select == "wrong_or_low_prm" or config.correct.accept == "prm_ok"
     if not (dense or (repairs and locates)):

@@ -9,6 +9,7 @@ A scorer is any function  score(requests: ScoreRequests) -> (StepScores, counts)
 Such a rollout is left alone: no score is not "no error".
 """
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -20,20 +21,31 @@ from scope_jax.steps import step_texts
 Scorer = Callable[[ScoreRequests], tuple[StepScores, dict[str, int]]]
 
 
-def oracle_scorer(check_steps, decode_steps) -> Scorer:
-    """The task's exact checker: 1 for right steps, 0 for wrong ones.
+def oracle_scorer(check_steps, decode_steps, *, false_alarms=0.0, misses=0.0, seed=0) -> Scorer:
+    """The task's exact checker: 1 for right steps, 0 for wrong ones; or one that errs as told.
 
     Args:
       check_steps: (gold, step texts, finished) -> list of bool, of the task.
       decode_steps: (ids, step_ends, step_mask) -> list of lists of step texts.
+      false_alarms, misses: share of the right steps that are called wrong, and of the wrong ones
+        that are called right. Which, is a function of the seed and of the text up to there: the
+        same step is judged the same each time.
     """
+
+    def judge(gold: str, steps: list[str], finished: bool) -> list[float]:
+        verdicts, digest = [], hashlib.sha256(f"{seed}\n{gold}".encode(errors="replace"))
+        for text, right in zip(steps, check_steps(gold, steps, finished), strict=True):
+            digest.update(text.encode(errors="replace"))
+            drawn = int.from_bytes(digest.digest()[:8], "big") / 2**64
+            verdicts.append(float(right != (drawn < (false_alarms if right else misses))))
+        return verdicts
 
     def score(requests: ScoreRequests):
         scores = np.ones(requests.step_mask.shape, np.float32)
         texts = decode_steps(requests.completion_ids, requests.step_ends, requests.step_mask)
         for row, steps in enumerate(texts):
             gold, finished = requests.records[row]["gold"], bool(requests.finished[row])
-            scores[row, : len(steps)] = check_steps(gold, steps, finished)
+            scores[row, : len(steps)] = judge(gold, steps, finished)
         return StepScores(scores, np.asarray(requests.step_mask)), {}
 
     return score

@@ -193,3 +193,25 @@ def test_training_counts_what_a_prm_with_another_tokenizer_cannot_read(
         assert 0 < row["prm/alignment_failed"] <= 16 and row["prm/too_long"] == 0
         assert np.isfinite(row["loss"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["prm"]["reads"] == "text"
+
+
+def test_a_checker_that_errs_does_so_as_often_as_told_and_the_same_each_time():
+    right = [[f"a{i}\n", f"b{i}\n"] for i in range(2000)]
+    check = lambda gold, steps, finished: [True, False]  # noqa: E731, ARG005
+    decode = lambda ids, ends, mask: right  # noqa: E731, ARG005
+    rows = np.zeros((2000, 2), np.int32)
+    asked = ScoreRequests(
+        rows, rows > 0, rows, rows >= 0, rows[:, 0] == 0, rows, np.ones((2000, 2), bool),
+        records=tuple({"gold": "g"} for _ in right),
+    )  # fmt: skip
+    options = {"false_alarms": 0.2, "misses": 0.3}
+    scores = oracle_scorer(check, decode, **options)(asked)[0].scores
+    # Of 2,000 draws the share's standard deviation is 0.010: four of them.
+    assert abs((scores[:, 0] == 0).mean() - 0.2) < 0.04
+    assert abs((scores[:, 1] == 1).mean() - 0.3) < 0.04
+    again = oracle_scorer(check, decode, **options)(asked)[0].scores
+    other = oracle_scorer(check, decode, seed=1, **options)(asked)[0].scores
+    np.testing.assert_array_equal(scores, again)
+    assert (scores != other).any()
+    exact = oracle_scorer(check, decode)(asked)[0].scores
+    assert (exact == [1, 0]).all()
