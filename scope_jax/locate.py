@@ -14,7 +14,7 @@ from scope_jax.records import InputError
 
 SELECT = ("wrong", "wrong_or_low_prm", "any")
 TRIGGERS = ("always", "acc_below", "all_wrong", "mixed_only")
-LOCATORS = ("prm", "oracle", "random", "random_correct", "zero")
+LOCATORS = ("prm", "oracle", "monte_carlo", "random", "random_correct", "zero")
 
 
 def first_error_step(step_scores, step_mask, threshold):
@@ -43,8 +43,9 @@ def locate(step_scores, step_mask, key, *, locator="prm", tau=0.5, on_no_error="
       step_scores: [B, S] float; the exact checker's 0 / 1 verdicts with locator="oracle".
       step_mask: [B, S] bool; a row that is False throughout could not be scored and gets -1.
       key: typed key, read by the random locators only.
-      locator: "prm" and "oracle" are `first_error_step`; "random" is uniform over steps 1 .. K - 1;
-        "random_correct" uniform over 1 .. the first error; "zero" always the first step.
+      locator: "prm", "oracle" and "monte_carlo" are `first_error_step`; "random" is uniform over
+        steps 1 .. K - 1; "random_correct" uniform over 1 .. the first error; "zero" always the
+        first step.
       tau: threshold of the scores.
       on_no_error: "skip" leaves a rollout without a low step alone; "argmin" cuts before its lowest
         one.

@@ -94,6 +94,8 @@ def default_config() -> ConfigDict:
             "steps": {"splitter": "\n\n", "max_steps": 64},
             "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
             # How often the checker of locator="oracle" calls a right step wrong, a wrong one right
+            # Continuations that the policy samples from behind each step, of locator="monte_carlo"
+            "monte_carlo": {"tries": 4},
             "oracle": {"false_alarms": 0.0, "misses": 0.0},
             "select": {
                 "select": "wrong",
@@ -214,6 +216,7 @@ METHODS = {
     "scope_random_correct": {"locate.locator": "random_correct"},
     "scope_zero": {"locate.locator": "zero", "select.min_prefix_steps": 0},
     "scope_oracle": {"locate.locator": "oracle"},
+    "scope_monte_carlo": {"locate.locator": "monte_carlo"},
     "scope_noisy": {
         "locate.locator": "oracle",
         "oracle.false_alarms": 0.2,

@@ -17,7 +17,7 @@ import numpy as np
 
 from scope_jax.data import render_prompt, tokenize_prompts
 from scope_jax.models.hf import load_hf, load_tokenizer
-from scope_jax.records import InputError, Rollouts
+from scope_jax.records import InputError
 from scope_jax.rewards import score_completions, verify
 from scope_jax.sampling import continue_from, decoding_layout, generate
 from scope_jax.steps import segment_steps, step_texts
@@ -26,7 +26,7 @@ from scope_jax.tasks.math_problems import read_problems
 
 
 def success_rates(
-    rollouts: Rollouts,
+    completion_ids,
     rewards,
     step_ends,
     step_mask,
@@ -39,7 +39,7 @@ def success_rates(
     """Returns [B, S] float32, how often a continuation of steps 0 .. k inclusive is right.
 
     Args:
-      rollouts: B finished completions on the host; rewards: [B], 1 = right.
+      completion_ids: [B, T] of finished completions, on the host; rewards: [B], 1 = right.
       step_ends, step_mask: [B, S].
       continue_fn: (row index [rows], prefix_length [rows], call number) -> (ids [rows, U],
         mask [rows, U]); continuations of the rollouts' own tokens. A prefix_length of 0 is filling.
@@ -59,7 +59,7 @@ def success_rates(
         prefix[: len(part)] = [step_ends[i, k] for i, k in part]
         ids, mask = continue_fn(index, prefix, call)
         completions = [
-            [*rollouts.completion_ids[i, : prefix[n]].tolist(), *ids[n][mask[n]].tolist()]
+            [*completion_ids[i, : prefix[n]].tolist(), *ids[n][mask[n]].tolist()]
             for n, (i, _) in enumerate(part)
         ]
         solved = solved_fn(index[: len(part)], completions)
@@ -119,7 +119,7 @@ class Labeller(NamedTuple):
         completions = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
         rewards = solved(range(len(of_row)), completions)
         rates = success_rates(
-            rollouts,
+            ids,
             rewards,
             ends,
             step_mask,

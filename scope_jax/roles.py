@@ -10,40 +10,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object, lora_options
 from scope_jax.credit import RETURNS
 from scope_jax.data import (
-    decode_completions,
     decode_steps,
-    prompt_iterator,
     render_prompt,
     tokenize_prompts,
 )
 from scope_jax.endpoint import Endpoint, open_cache, read_api_key
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY, RATIOS
-from scope_jax.metrics import Timer
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.models.lora import make_lora, merge
 from scope_jax.models.transformer import REMAT, TransformerConfig, declare, init_lora
 from scope_jax.prm import PRM, load_prm, score_steps
 from scope_jax.prm_formats import PRMTexts
 from scope_jax.records import (
-    Continuations,
-    CorrectionRequests,
     InputError,
     Prompts,
-    ScoreRequests,
 )
-from scope_jax.rewards import score_completions
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import (
     DECODING,
-    host_part,
     make_meshes,
     own_rows,
     put_batch,
@@ -51,8 +42,6 @@ from scope_jax.sharding import (
     shardings,
 )
 from scope_jax.splicing import INSERT
-from scope_jax.steps import segment_steps
-from scope_jax.stepwise import correct_stepwise
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import (
     Teacher,
@@ -62,7 +51,6 @@ from scope_jax.teachers import (
     model_teacher,
     text_teacher,
 )
-from scope_jax.update import make_optimizer, reference
 
 # Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
 BUCKET_FACTOR = 2
@@ -86,47 +74,6 @@ class Policy(NamedTuple):
     @property
     def pad_id(self) -> int:
         return self.ends["pad_id"]
-
-
-class Run(NamedTuple):
-    """What does not change during a run."""
-
-    policy: Policy
-    scorer: Scorer | None  # None where nothing reads step scores
-    # (requests, key, the policy's params) -> Continuations; None where nothing is repaired
-    teacher: Any
-    optimizer: optax.GradientTransformation
-    ref_params: Any  # None unless kl_coef > 0
-    seed_key: jax.Array
-    timer: Timer
-    skipped: list[dict[str, Any]]  # lines of the data files that were left out
-
-
-def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
-    """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
-    policy, params = load_policy(config)
-    problems = policy.problems("train")
-    splits = ("train", "test", "ood") if config.eval.ood else ("train", "test")
-    data = prompt_iterator(
-        problems, batch_size=config.data.prompts_per_step, seed=config.seed,
-        part=host_part(policy.mesh),
-    )  # fmt: skip
-    # A prompt that does not fit stops the run before it starts (of a task's: the first one).
-    policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
-    scorer, teacher = load_scorer(config, policy, params), load_teacher(config, policy, workdir)
-    run = Run(
-        policy=policy,
-        scorer=scorer,
-        teacher=None if teacher is None else teach_in_scope(config, policy, teacher, scorer),
-        optimizer=make_optimizer(
-            config.total_steps * config.learn.mini_batches, **config.optimizer
-        ),
-        ref_params=reference(params) if config.loss.kl_coef else None,
-        seed_key=jax.random.key(config.seed),
-        timer=Timer(),
-        skipped=[line for s in splits for line in getattr(policy.problems(s), "skipped", ())],
-    )
-    return run, params, data
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
@@ -247,6 +194,10 @@ def check_options(config: ConfigDict, mesh) -> None:
             f'returns.kind="{config.returns.kind}" differs from token to token and needs '
             "advantages.scale=none"
         )
+    if config.locate.locator == "monte_carlo" and jax.process_count() > 1:
+        raise InputError(
+            'locate.locator="monte_carlo" runs in one process: they would wait in vain'
+        )
     if config.learn.packing and config.learn.micro_batches == 1:
         raise InputError(
             "learn.packing saves whole micro-batches: set learn.micro_batches above 1 with it"
@@ -354,27 +305,6 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     return token_scorer(score_fn, max_length=prm.max_position)
 
 
-def verify_rows(policy: Policy, ids, mask, records) -> np.ndarray:
-    """Returns the rewards [B] float32 of completions [B, T] of B records."""
-    texts = decode_completions(policy.tokenizer, ids, mask)
-    rewards = score_completions(policy.reward_fn, [record["gold"] for record in records], texts)
-    return np.asarray(rewards, np.float32)
-
-
-def score_rows(
-    config: ConfigDict, policy: Policy, scorer: Scorer | None, prompt_ids, prompt_mask, ids, mask,
-    finished, records,
-):  # fmt: skip
-    """Cuts completions into steps and scores them: step_ends, scores, step_mask [B, S], counts."""
-    cut = segment_steps(policy.tokenizer, ids, mask, **config.steps)
-    if scorer is None:
-        return cut[0], np.ones(cut[0].shape, np.float32), cut[1], {}
-    scored, counts = scorer(
-        ScoreRequests(prompt_ids, prompt_mask, ids, mask, finished, *cut, records=tuple(records))
-    )
-    return cut[0], scored.scores, scored.mask, counts
-
-
 def load_teacher(
     config: ConfigDict, policy: Policy, workdir: pathlib.Path | None = None
 ) -> Teacher | None:
@@ -448,48 +378,6 @@ def teacher_stop(config: ConfigDict) -> tuple[str, ...]:
     splitter, stop = config.steps.splitter, tuple(config.sample.stop)
     literal = isinstance(splitter, str) and not splitter.strip()
     return (*stop, splitter) if config.correct.scope == "step" and literal else stop
-
-
-def teach_in_scope(
-    config: ConfigDict, policy: Policy, teacher: Teacher, scorer: Scorer | None
-) -> Callable[..., Continuations]:
-    """Returns (requests, key, the policy's params) -> Continuations, whole suffixes or by steps."""
-    if config.correct.scope == "suffix":
-        return lambda requests, key, params: teacher(requests, key)  # noqa: ARG005
-    eos_id, mesh = policy.tokenizer.eos_token_id, policy.decode_mesh
-    sampling = {key: config.sample[key] for key in ("temperature", "top_k", "top_p", "min_p")}
-    cut_steps = functools.partial(segment_steps, policy.tokenizer, **config.steps)
-
-    def continue_policy(params, requests: CorrectionRequests, key) -> Continuations:
-        columns = (requests.prompt_ids, requests.prompt_mask, requests.prefix_ids)
-        columns = put_batch((*columns, requests.prefix_length, requests.budgets), mesh)
-        layout = decoding_layout(policy.model, params, mesh, int8=config.sample.int8)
-        written = continue_from(
-            *layout, *columns[:4], key=key, max_new_tokens=columns[4],
-            buffer_length=config.sample.max_new_tokens, **policy.ends, **sampling,
-        )  # fmt: skip
-        own = own_rows(written, mesh)
-        return Continuations(own.completion_ids, own.completion_mask, own.logps, own.finished)
-
-    def judge(requests: CorrectionRequests, mask, finished):
-        rows = (requests.prompt_ids, requests.prompt_mask, requests.prefix_ids, mask, finished)
-        right = verify_rows(policy, rows[2], mask, requests.records) >= config.reward.solved_at
-        ends, scores, step_mask, _ = score_rows(
-            config, policy, scorer, *rows, records=requests.records
-        )
-        low = (scores < config.locate.tau) & step_mask
-        first = low.argmax(1)  # the first wrong step begins where the one before it ends
-        cut = np.where(first > 0, ends[np.arange(len(ends)), first - 1], 0)
-        return right, np.where(low.any(1), cut, -1).astype(np.int32)
-
-    def teach(requests, key, params):
-        return correct_stepwise(
-            requests, key, teach=teacher, go_on=functools.partial(continue_policy, params),
-            first_end=lambda ids, mask: cut_steps(ids, mask)[0][:, 0], judge=judge,
-            max_rounds=config.correct.max_rounds, policy_eos_id=eos_id,
-        )  # fmt: skip
-
-    return teach
 
 
 def load_endpoint(config: ConfigDict, policy: Policy, workdir: pathlib.Path | None) -> Teacher:

@@ -18,6 +18,7 @@ Host arrays are numpy; every copy to or from the devices is spelled out (there a
 import argparse
 import collections
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -39,7 +40,8 @@ from scope_jax.preemption import Preemption
 from scope_jax.records import CorrectionRequests, InputError, TrainBatch, TrainState
 from scope_jax.refill import refill_groups
 from scope_jax.rewards import verifier_counts, verifier_stats
-from scope_jax.roles import Run, describe, load_run, score_rows, verify_rows
+from scope_jax.roles import describe
+from scope_jax.run import Run, acceptable, load_run, score_rows, verify_rows
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
@@ -85,12 +87,13 @@ def verify(run: Run, rows: Rows, records) -> np.ndarray:
 # ------------------------------------------------------------------------------ score, repair
 
 
-def score(run: Run, config: ConfigDict, rows: Rows, records):
+def score(run: Run, config: ConfigDict, params, key, rows: Rows, records):
     """Cuts completions into steps and scores them: step_ends, scores, step_mask [B, S], counts."""
     columns = [rows[k] for k in ("prompt_ids", "prompt_mask", "ids", "mask", "finished")]
     of_row = [records[i] for i in rows["record"]]
     with run.timer("score"):
-        return score_rows(config, run.policy, run.scorer, *columns, records=of_row)
+        bound = (config, run.policy, run.scorer, params, key)
+        return score_rows(*bound, *columns, records=of_row)
 
 
 def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, keys):
@@ -129,7 +132,9 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
         new["rewards"] = new["values"] = verify(run, new, records)
         if "returns" in new:
             new["returns"] = np.broadcast_to(new["values"][:, None], new["returns"].shape)
-        good = wanted & written.stopped & ~new["overflowed"] & acceptable(run, config, new, records)
+        steps_of = functools.partial(score, run, config, params, key, new, records)
+        right = acceptable(config, new["rewards"], steps_of)
+        good = wanted & written.stopped & ~new["overflowed"] & right
         for name, value in fixed.items():
             value[good] = new[name][good]
         accepted |= good
@@ -146,16 +151,6 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
     measured = metrics.correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
     return repaired, measured | counts, trace
-
-
-def acceptable(run: Run, config: ConfigDict, rows: Rows, records) -> np.ndarray:
-    """Returns which spliced rows pass `correct.accept`, [C] bool."""
-    if config.correct.accept == "verified_correct":
-        return rows["rewards"] >= config.reward.solved_at
-    if config.correct.accept == "prm_ok":
-        _, scores, step_mask, _ = score(run, config, rows, records)
-        return step_mask.any(1) & ~((scores < config.locate.tau) & step_mask).any(1)
-    return np.ones(len(rows["rewards"]), bool)
 
 
 # ------------------------------------------------------------------------------ learn
@@ -206,7 +201,7 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, data, step: i
     records, rows, measured = refill_groups(draw, keys[1], *draw(keys[0]))
     scored, trace = (), None
     if config.correct.n_correct or run.scorer:
-        *scored, counts = score(run, config, rows, records)
+        *scored, counts = score(run, config, state.params, keys[2], rows, records)
         measured |= counts
     bounds = {"tau": config.locate.tau, "solved_at": config.reward.solved_at}
     rows |= token_returns(rows["rewards"], rows["mask"], *scored, **bounds, **config.returns)

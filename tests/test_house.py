@@ -38,13 +38,14 @@ FLOORS = [
         "checkpoint",
     ]
     + ["metrics", "preemption", "checks"],
-    ["roles", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
+    ["roles", "run", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
     + ["programs", "plan"],
     ["train"],
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"), ("losses", "sharding"),
+    ("run", "roles"), ("run", "monte_carlo"),
     ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
     ("models.transformer", "models.lora"), ("models.hf", "models.lora"),
     ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),

@@ -69,7 +69,7 @@ class Scripted:
 def rates(rows):
     script = Scripted(rows)
     found = success_rates(
-        rollouts(ROWS), REWARDS, ENDS, STEPS, script.continue_fn, script.solved_fn, tries=TRIES,
+        rollouts(ROWS).completion_ids, REWARDS, ENDS, STEPS, script.continue_fn, script.solved_fn, tries=TRIES,
         rows=rows,
     )  # fmt: skip
     return found, script
@@ -111,8 +111,8 @@ def test_batches_that_do_not_divide_change_nothing(rows):
 def test_solutions_of_one_step_need_no_continuation():
     script = Scripted(4)
     found = success_rates(
-        rollouts(ROWS[2:3]), [0.0], ENDS[2:3], STEPS[2:3], script.continue_fn, script.solved_fn,
-        tries=2, rows=4,
+        rollouts(ROWS[2:3]).completion_ids, [0.0], ENDS[2:3], STEPS[2:3], script.continue_fn,
+        script.solved_fn, tries=2, rows=4,
     )  # fmt: skip
     assert found.tolist() == [[0, 0, 0]] and script.calls == []
 

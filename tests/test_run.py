@@ -1,0 +1,52 @@
+"""What a run does with its rows: scored by the policy's own continuations, accepted or not."""
+
+import jax
+import numpy as np
+import pytest
+
+from scope_jax.configlib import load_config
+from scope_jax.data import decode_steps
+from scope_jax.run import acceptable, load_run
+from scope_jax.sharding import replicate
+from scope_jax.train import sample, score
+
+
+def test_monte_carlo_never_passes_a_wrong_step(tmp_path):
+    """On a worksheet nothing that follows a wrong line makes the sheet right."""
+    config = load_config("worksheet:n=3,runlocal", ["--config.method=scope_monte_carlo"])
+    run, params, data = load_run(config, tmp_path)
+    key, records = replicate(jax.random.key(0), run.policy.mesh), next(data)
+    rows, _ = sample(run, config, params, records, key)
+    ends, scores, step_mask, counts = score(run, config, params, key, rows, records)
+    assert counts == {} and set(np.unique(scores)) <= {0.0, 1.0}
+    steps, found, wrong_rows = (
+        decode_steps(run.policy.tokenizer, rows["ids"], ends, step_mask),
+        0,
+        0,
+    )
+    for row, texts in enumerate(steps):
+        gold, finished = records[rows["record"][row]]["gold"], bool(rows["finished"][row])
+        verdicts = run.policy.check_steps(gold, texts, finished)
+        if rows["rewards"][row] == 1 or not finished:
+            assert scores[row].all()
+            continue
+        first, wrong_rows = verdicts.index(False), wrong_rows + 1
+        assert not scores[row, first : len(texts)].any()
+        found += scores[row, :first].all()
+    assert wrong_rows > 10 and found > 0  # and now and then it is the very first wrong step
+
+
+@pytest.mark.parametrize(
+    "accept, want",
+    [
+        ("verified_correct", [True, False, False]),
+        ("prm_ok", [True, False, True]),
+        ("any", [True, True, True]),
+    ],
+)
+def test_what_is_accepted(accept, want):
+    config = load_config("worksheet", [f"--config.correct.accept={accept}"])
+    scores = np.array([[0.9, 0.6], [0.9, 0.4], [0.7, 0.0]])
+    steps = np.array([[True, True], [True, True], [True, False]])
+    found = acceptable(config, np.array([1.0, 0.0, 0.0]), lambda: (None, scores, steps, {}))
+    assert found.tolist() == want
