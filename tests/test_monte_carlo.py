@@ -69,8 +69,8 @@ class Scripted:
 def rates(rows):
     script = Scripted(rows)
     found = success_rates(
-        rollouts(ROWS).completion_ids, REWARDS, ENDS, STEPS, script.continue_fn, script.solved_fn, tries=TRIES,
-        rows=rows,
+        rollouts(ROWS).completion_ids, REWARDS, ENDS, STEPS, script.continue_fn, script.solved_fn,
+        tries=TRIES, rows=rows,
     )  # fmt: skip
     return found, script
 
