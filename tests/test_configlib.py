@@ -34,7 +34,7 @@ def test_an_unknown_key_names_the_closest_one():
         ("--config.optimizer=3", "is a group"),
         ("--config.seed.deeper=3", "has no 'deeper'"),
         ("--seed=3", "not understood"),
-        ("--config.method=scop", "one of scope, dr_grpo"),
+        ("--config.method=scop", "one of scope, scope_step"),
         ("--config.seed=__import__('os')", "is not a int"),
     ],
 )
