@@ -72,18 +72,17 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
     """
     options = dict(config.eval)
     count, split, ood, greedy, diversity = (
-        options.pop(name) for name in ("problems", "split", "ood", "greedy", "diversity")
+        options.pop(key) for key in ("problems", "split", "ood", "greedy", "diversity")
     )
     options.pop("every")
     key = jax.device_put(jax.random.key(config.seed + 1))
     model, params = decoding_layout(policy.model, params, policy.decode_mesh)
     policy, results = policy._replace(model=model), {}
-    for split, prefix in [(split, "")] + ([("ood", "ood_")] if ood else []):
-        source = policy.problems(split)
+    for name, prefix in [(split, "")] + ([("ood", "ood_")] if ood else []):
+        source = policy.problems(name)
         records = [source[i] for i in range(min(count, len(source)))]
         rewards, texts = sample_completions(policy, params, records, key, **options)
         solved = rewards >= config.reward.solved_at
-        k = rewards.shape[1]
         results[f"eval/{prefix}pass@1"] = float(solved.mean())
         results[f"eval/{prefix}pass@k"] = float(solved.any(1).mean())
         if greedy and not prefix:
