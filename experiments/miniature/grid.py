@@ -93,9 +93,15 @@ def to_do(names: list[str], file: pathlib.Path, retry: bool) -> set[str]:
 # ------------------------------------------------------------------------------ processes
 
 
-def run_process(command: list[str], log: pathlib.Path, out: pathlib.Path, timeout: float) -> dict:
+def run_process(
+    command: list[str], log: pathlib.Path, out: pathlib.Path, timeout: float, env=ONE_THREAD
+) -> dict:
     """Runs a command to its end; its output goes to a log.
 
+    Args:
+      out: has the compiled programs of all processes.
+      timeout: in seconds; then it is killed.
+      env: what it has in its environment beside ours.
     Returns:
       {"seconds", "cpu_seconds", "reason": "" or why it failed}.
     """
@@ -107,7 +113,7 @@ def run_process(command: list[str], log: pathlib.Path, out: pathlib.Path, timeou
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-            env={**os.environ, **ONE_THREAD, **cache, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **env, **cache, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         RUNNING.add(process)
         killer = threading.Timer(timeout, process.kill)
