@@ -181,6 +181,11 @@ def grid_cells(plan: Plan) -> list[Cell]:
     return list(cells.values())
 
 
+def tuned_as(cell: Cell) -> str:
+    """Returns the arm whose pilot gives the cell's learning rate."""
+    return ARMS[cell.arm].rate_of or cell.arm
+
+
 def tuned_arms(plan: Plan, task: str) -> list[str]:
     """Returns the arms of a task that have a pilot."""
     arms = [arm for block in plan.blocks if block.task == task for arm in block.arms]

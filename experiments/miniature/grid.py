@@ -44,6 +44,7 @@ from cells import (
     grid_cells,
     options,
     pilot_cells,
+    tuned_as,
 )
 
 HERE = pathlib.Path(__file__).parent
@@ -233,7 +234,8 @@ def of_training(workdir: pathlib.Path) -> dict:
         "policy_tokens": int(total("policy_tokens")),
         "teacher_tokens": int(total("teacher_tokens")),
         "corrections": int(total("corrections/accepted")),
-        "seconds": round(sum(seconds), 2),
+        # the first step compiles: it counts as a median one
+        "seconds": round(sum(seconds[1:]) + statistics.median(seconds), 2),
         "median_step_seconds": round(statistics.median(seconds), 4),
     }
     named = lambda name: [  # noqa: E731
@@ -262,10 +264,6 @@ def pilot_rates(plan: Plan, out: pathlib.Path) -> dict[tuple[str, str], float | 
     return {arm: choose_rate(accuracies, seeds) for arm, accuracies in found.items()}
 
 
-def rate_of(cell: Cell, rates: dict) -> float | None:
-    return cell.rate or rates.get((cell.task, ARMS[cell.arm].rate_of or cell.arm))
-
-
 def commit() -> str:
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
@@ -288,7 +286,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--shard", default="1/1", help="I/N: every N-th cell, from the I-th on")
-    parser.add_argument("--only", default="*", help="cells whose name fits, as '*-n5-*-scope'")
+    parser.add_argument(
+        "--only", default="*", help="cells whose name fits, as '*-n5-*-scope', and their pilot"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="then nothing is begun")
     parser.add_argument("--cores", type=int, default=0, help="to use; 0 = all")
     parser.add_argument("--smoke", action="store_true", help="three tiny cells")
@@ -305,11 +305,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
 
     def mine(cells: list[Cell], file: str) -> list[Cell]:
-        chosen = [cell for cell in cells if fnmatch.fnmatch(cell.name, args.only)]
-        left = to_do([cell.name for cell in chosen], args.out / file, args.retry)
-        return [cell for cell in chosen[part - 1 :: parts] if cell.name in left]
+        left = to_do([cell.name for cell in cells], args.out / file, args.retry)
+        return [cell for cell in cells[part - 1 :: parts] if cell.name in left]
 
-    pilot, grid = mine(pilot_cells(plan), "pilot.jsonl"), mine(grid_cells(plan), "cells.jsonl")
+    fits = lambda cell: fnmatch.fnmatch(cell.name, args.only)  # noqa: E731
+    chosen = [cell for cell in grid_cells(plan) if fits(cell)]
+    tuned = {(cell.task, tuned_as(cell)) for cell in chosen}
+    pilot = [c for c in pilot_cells(plan) if (c.task, c.arm) in tuned or fits(c)]
+    pilot, grid = mine(pilot, "pilot.jsonl"), mine(chosen, "cells.jsonl")
     needed = dict.fromkeys((c.task, c.base) for c in pilot + grid if c.base != SHIPPED)
     left = to_do(["-".join(base) for base in needed], args.out / "bases.jsonl", args.retry)
     bases = [base for base in needed if "-".join(base) in left]
@@ -324,7 +327,8 @@ def main() -> int:
         pilot, cores, deadline,
     )  # fmt: skip
     rates = pilot_rates(plan, args.out)
-    ready = [c for c in grid if not ARMS[c.arm].method or rate_of(c, rates) is not None]
+    rate_of = lambda cell: rates.get((cell.task, tuned_as(cell)))  # noqa: E731
+    ready = [c for c in grid if not ARMS[c.arm].method or rate_of(c) is not None]
     for arm in sorted({c.arm for c in grid} - {c.arm for c in ready}):
         print(f"{arm}: the pilot of its learning rate is not complete", flush=True)
     for row in read_lines(args.out / "cells.jsonl"):
@@ -335,7 +339,7 @@ def main() -> int:
             )
             return 2
     on_each_core(
-        lambda cell: run_cell(cell, plan, args.out, "cells.jsonl", rate_of(cell, rates)),
+        lambda cell: run_cell(cell, plan, args.out, "cells.jsonl", rate_of(cell)),
         ready, cores, deadline,
     )  # fmt: skip
     rows = read_lines(args.out / "cells.jsonl")
