@@ -94,8 +94,9 @@ def test_errors_count_in_no_column_of_diversity(part):
     assert (found["correct"], found["distinct_all"]) == (3, 2)
     assert found["distinct"] == close(5 / 3)  # pairs: same, different, different
     assert found["td"] == close(2 / 3)  # of five words only copies are alike
+    assert found["same"] == close(1 / 3)
     none = final.problem_columns("x", wrong, [False] * 8, key, 2)
-    assert none == {"correct": 0, "distinct_all": None, "distinct": None, "td": None, "ed": None}
+    assert none == {**dict.fromkeys(found), "correct": 0}
 
 
 def test_td_is_left_out_where_it_cannot_tell_copies(part):
@@ -106,7 +107,8 @@ def test_td_is_left_out_where_it_cannot_tell_copies(part):
 
 def test_columns_are_means_over_problems(part):
     entry = lambda correct, distinct: {  # noqa: E731
-        "correct": correct, "distinct_all": None, "distinct": distinct, "td": None, "ed": None,
+        "correct": correct, "distinct_all": None, "distinct": distinct, "same": None, "td": None,
+        "ed": None,
     }  # fmt: skip
     columns = part("final").columns_of([entry(2, 1.5), entry(0, None), entry(4, 2.5)], 4)
     assert columns["pass@1"] == close((2 / 4 + 0 + 1) / 3)
@@ -219,6 +221,7 @@ def make_up(cells, grid, out: pathlib.Path, plan) -> None:
                 "correct": int(c), "distinct_all": None if c < 1 else 1.0, "ed": 0.0,
                 "distinct": None if c < 4 else float(rng.uniform(3, 4) - top / 2),
                 "td": None if c < 2 else float(rng.uniform(0.8, 1)),
+                "same": None if c < 2 else float(rng.uniform(0, 0.1)),
             }
             for c in correct
         ]  # fmt: skip

@@ -10,6 +10,8 @@ digit is not diversity:
   samples of a problem; it grows with their number.
 * distinct: how many there are among m correct samples, on average over all draws of m (rarefaction,
   `diversity.expected_distinct`); problems with at least m correct samples.
+* same: the chance that two correct samples of a problem are the same solution (problems with two
+  or more). "distinct" nears its ceiling m where there are many valid solutions; this one does not.
 * td, ed: DIVER's textual and equational diversity among the correct samples, problems with two or
   more. TD cannot see texts of fewer than five words (to it even copies differ): null there. ED
   counts formulas in $..$; a task without any has 0.
@@ -51,8 +53,8 @@ def order_key(task_module: str):
 
 
 def problem_columns(gold: str, texts: list[str], solved: list[bool], valid_order, among: int):
-    """Returns one problem's entry: {"correct": c, "distinct_all", "distinct", "td", "ed"}; None
-    where there are too few correct samples to measure it.
+    """Returns one problem's entry: {"correct": c, "distinct_all", "distinct", "same", "td", "ed"};
+    None where there are too few correct samples to measure it.
     """
     right = [text for text, good in zip(texts, solved, strict=True) if good]
     kinds = Counter(valid_order(gold, text) for text in right)
@@ -62,6 +64,7 @@ def problem_columns(gold: str, texts: list[str], solved: list[bool], valid_order
         "correct": len(right),
         "distinct_all": len(kinds) if right else None,
         "distinct": expected_distinct(list(kinds.values()), among) if len(right) >= among else None,
+        "same": 2 - expected_distinct(list(kinds.values()), 2) if several else None,
         "td": textual_diversity(right) if several and words >= 5 else None,
         "ed": equation_diversity(right) if several else None,
     }
@@ -79,7 +82,7 @@ def columns_of(problems: list[dict], samples: int) -> dict[str, float | None]:
         f"pass@{k}": float(np.mean([pass_at_k(samples, p["correct"], k) for p in problems]))
         for k in ks
     }
-    for name in ("distinct_all", "distinct", "td", "ed"):
+    for name in ("distinct_all", "distinct", "same", "td", "ed"):
         values = [problem[name] for problem in problems if problem[name] is not None]
         columns[name] = float(np.mean(values)) if values else None
         columns[f"{name}_problems"] = len(values)

@@ -22,7 +22,7 @@ from grid import pilot_rates, read_lines
 from stats import Mean, holm, mean_interval, paired_t, sign_flip
 
 Runs = dict[str, dict[tuple[str, int], dict]]  # arm -> (base, seed) -> line of cells.jsonl
-PER_PROBLEM = ("distinct", "td", "ed", "distinct_all")
+PER_PROBLEM = ("distinct_all", "distinct", "same", "td", "ed")
 
 
 def tokens(value: float) -> str:
@@ -35,6 +35,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # heading, nam
     ("pass@8", "pass@8", "{:.3f}".format),
     ("OOD pass@1", "ood_pass@1", "{:.3f}".format),
     ("distinct among {m} correct", "distinct", "{:.3f}".format),
+    ("two correct the same", "same", "{:.3f}".format),
     ("TD of correct", "td", "{:.3f}".format),
     ("groups with signal", "signal", "{:.3f}".format),
     ("policy tokens", "policy_tokens", tokens),
@@ -127,7 +128,7 @@ def results_table(arms: Runs, among: int) -> str:
 def paired_table(arms: Runs, reference: str) -> str:
     """Returns every arm's differences from a reference arm, with tests."""
     others = [arm for arm in arms if arm not in (reference, "base")]
-    tested = ("pass@1", "greedy", "ood_pass@1", "distinct")
+    tested = ("pass@1", "greedy", "ood_pass@1", "distinct", "same")
     found = {c: [differences(arms[a], arms[reference], c) for a in others] for c in tested}
     flips = {c: [sign_flip(list(d.values())) for d in found[c]] for c in tested}
     adjusted = {column: holm(p) for column, p in flips.items()}
@@ -141,7 +142,7 @@ def paired_table(arms: Runs, reference: str) -> str:
             row += [_difference(found[column][i]), probability(adjusted[column][i])]
         rows.append(row)
     headings = ["arm", "pairs", "Δ pass@1", "p (t)", "p (flip)", "p (Holm)", "bases"]
-    for name in ("greedy", "OOD pass@1", "distinct"):
+    for name in ("greedy", "OOD pass@1", "distinct", "two the same"):
         headings += [f"Δ {name}", "p (Holm)"]
     return table(headings, rows)
 
