@@ -98,7 +98,7 @@ class Plan(NamedTuple):
 
     blocks: tuple[Block, ...]
     rates: tuple[float, ...]  # learning rates of the pilot
-    pilot_size: int  # n of the pilot's cells
+    pilot_sizes: dict[str, int]  # task -> n of the pilot's cells
     pilot_base: str  # made for the pilot alone: its results are in no table
     pilot_seeds: tuple[int, ...]
     steps: int
@@ -108,37 +108,35 @@ class Plan(NamedTuple):
     final: dict[str, int]
 
 
-BASES = ("1", "2", "3", "4", "5")
+BASES = tuple(map(str, range(1, 11)))
+SECOND_TASK = ("dr_grpo", "prm_blend", "luffy", "rl_sft", "scope", "scope_plus", "scope_random",
+               "scope_random_correct", "scope_zero")  # fmt: skip
 EACH_RUN = (
     "eval.split=valid", "eval.ood=False", "eval.group_size=4", "eval.every=15",
     "checkpoint.every=1000", "log.rollouts_every=60", "log.diversity_every=20",
 )  # fmt: skip
 FULL = Plan(
-    blocks=(
-        Block("headline", "worksheet", (5, 6), BASES, (0, 1), ("base", *METHODS)),
-        Block(
-            "difficulty",
-            "worksheet",
-            (4, 7),
-            BASES,
-            (0,),
-            ("base", "dr_grpo", "luffy", "scope", "scope_random_correct"),
-        ),  # fmt: skip
-        Block("ablations", "worksheet", (5,), BASES, (0,), ABLATIONS),
-        Block("teachers", "worksheet", (5,), BASES, (0,), OTHER_TEACHERS),
+    blocks=(  # in the order in which they run
+        Block("headline", "worksheet", (5, 6), BASES, (0,), ("base", *METHODS)),
+        Block("headline", "ledger", (6,), BASES[:5], (0, 1), ("base", *SECOND_TASK)),
+        Block("ablations", "worksheet", (5,), BASES[:8], (0,), ABLATIONS),
+        Block("teachers", "worksheet", (5,), BASES[:8], (0,), OTHER_TEACHERS),
+        Block("difficulty", "worksheet", (4, 7), BASES[:8], (0,), ("base", "dr_grpo", "luffy",
+              "scope", "scope_random_correct")),
+        Block("headline", "worksheet", (5, 6), BASES, (1,), METHODS),
     ),
     rates=(1e-4, 2e-4, 4e-4, 8e-4),
-    pilot_size=5,
+    pilot_sizes={"worksheet": 5, "ledger": 6},
     pilot_base="100",
     pilot_seeds=(100, 101),
     steps=60,
     shared=EACH_RUN,
     final={"problems": 256, "samples": 16, "ood_problems": 256, "ood_samples": 4, "among": 4},
-)
+)  # fmt: skip
 SMOKE = Plan(
     blocks=(Block("headline", "worksheet", (2,), (SHIPPED,), (0,), ("base", "dr_grpo", "scope")),),
     rates=(3e-4,),
-    pilot_size=2,
+    pilot_sizes={"worksheet": 2},
     pilot_base=SHIPPED,
     pilot_seeds=(100,),
     steps=3,
@@ -181,6 +179,13 @@ def grid_cells(plan: Plan) -> list[Cell]:
     return list(cells.values())
 
 
+def teachers_of(plan: Plan, task: str, base: str) -> list[str]:
+    """Returns the teachers that the plan wants of a base, "own" first."""
+    blocks = [block for block in plan.blocks if block.task == task and base in block.bases]
+    wanted = {ARMS[arm].teacher for block in blocks for arm in block.arms} | {"own"}
+    return [teacher for teacher in TEACHERS if teacher in wanted]
+
+
 def tuned_as(cell: Cell) -> str:
     """Returns the arm whose pilot gives the cell's learning rate."""
     return ARMS[cell.arm].rate_of or cell.arm
@@ -196,7 +201,7 @@ def tuned_arms(plan: Plan, task: str) -> list[str]:
 def pilot_cells(plan: Plan) -> list[Cell]:
     tasks = dict.fromkeys(block.task for block in plan.blocks)
     return [
-        Cell(task, plan.pilot_size, plan.pilot_base, seed, arm, rate)
+        Cell(task, plan.pilot_sizes[task], plan.pilot_base, seed, arm, rate)
         for task in tasks
         for seed in plan.pilot_seeds
         for arm in tuned_arms(plan, task)
@@ -228,13 +233,19 @@ def options(cell: Cell, plan: Plan, models: pathlib.Path, rate: float | None) ->
       rate: learning rate; None for the base policy, which is not trained.
     """
     arm = ARMS[cell.arm]
+    # A verbose teacher needs longer completions: the config knows how long.
+    teacher = f",teacher={arm.teacher}" if arm.teacher != "own" else ""
     overrides = [
         f"total_steps={plan.steps}", f"seed={cell.seed}", f"model.path={models / 'policy'}",
         f"prm.path={models / 'prm'}", f"teacher.path={models / TEACHERS[arm.teacher]}",
     ]  # fmt: skip
     overrides += [f"method={arm.method}", f"optimizer.learning_rate={rate}"] if arm.method else []
     overrides += [*plan.shared, *arm.overrides]
-    return ["--config", f"{cell.task}:n={cell.n}", *(f"--config.{text}" for text in overrides)]
+    return [
+        "--config",
+        f"{cell.task}:n={cell.n}{teacher}",
+        *(f"--config.{text}" for text in overrides),
+    ]
 
 
 def grid_table(plan: Plan = FULL) -> str:
@@ -249,13 +260,13 @@ def grid_table(plan: Plan = FULL) -> str:
         runs = len(block.sizes) * len(block.bases) * len(block.seeds) * len(arms)
         columns = (block.name, block.task, *map(", ".join, shown), ", ".join(arms), str(runs))
         lines.append(f"| {' | '.join(columns)} |")
-    pilot = len(pilot_cells(plan))
     seeds, rates = ", ".join(map(str, plan.pilot_seeds)), ", ".join(f"{r:g}" for r in plan.rates)
-    tasks = ", ".join(dict.fromkeys(block.task for block in plan.blocks))
-    lines.append(
-        f"| pilot | {tasks} | {plan.pilot_size} | {plan.pilot_base} | {seeds} | each arm with a "
-        f"rate of its own, at {rates} | {pilot} |"
-    )
+    for task, n in plan.pilot_sizes.items():
+        runs = sum(cell.task == task for cell in pilot_cells(plan))
+        lines.append(
+            f"| pilot | {task} | {n} | {plan.pilot_base} | {seeds} | each arm with a rate of its "
+            f"own, at {rates} | {runs} |"
+        )
     return "\n".join(lines) + "\n"
 
 

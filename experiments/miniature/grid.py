@@ -44,6 +44,7 @@ from cells import (
     grid_cells,
     options,
     pilot_cells,
+    teachers_of,
     tuned_as,
 )
 
@@ -171,13 +172,15 @@ def base_dir(out: pathlib.Path, task: str, base: str) -> pathlib.Path:
     return out / "bases" / f"{task}-{base}"
 
 
-def make_base(out: pathlib.Path, task: str, base: str) -> None:
-    """Makes the base policy, teachers and PRM of a seed."""
+def make_base(plan: Plan, out: pathlib.Path, task: str, base: str) -> None:
+    """Makes the base policy, the teachers that the plan wants, and the PRM of a seed."""
     folder = base_dir(out, task, base)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "scope_jax.pretrain", "--seed", base, "--out", str(folder)]
     command += ["--task", task] if task != "worksheet" else []
+    teachers = teachers_of(plan, task, base)
+    command += ["--teachers", *teachers] if teachers != ["own"] else []
     ended = run_process(command, folder.with_suffix(".log"), out, BASE_TIMEOUT)
     if STOPPING.is_set():
         return
@@ -321,7 +324,7 @@ def main() -> int:
     if args.list:
         print("\n".join(["-".join(base) for base in bases] + [c.name for c in pilot + grid]))
         return 0
-    on_each_core(lambda base: make_base(args.out, *base), bases, cores, deadline)
+    on_each_core(lambda base: make_base(plan, args.out, *base), bases, cores, deadline)
     on_each_core(
         lambda cell: run_cell(cell, plan, args.out, "pilot.jsonl", cell.rate),
         pilot, cores, deadline,

@@ -153,14 +153,19 @@ def _difference(found: dict) -> str:
     )
 
 
-def primary_table(results: dict[tuple[str, int], Runs], plan: Plan) -> str:
-    """Returns the comparisons that were registered, one family of tests."""
+def primary_table(results: dict[tuple[str, int], Runs], plan: Plan, seeds=None) -> str:
+    """Returns the comparisons that were registered, one family of tests.
+
+    Args:
+      seeds: RL seeds that count; None = all.
+    """
     headline = {(b.task, n) for b in plan.blocks if b.name == "headline" for n in b.sizes}
     rows, p_values = [], []
     for task, n in sorted(headline & results.keys()):
         for better, than, column in PRIMARY:
             arms = results[task, n]
             found = differences(arms.get(better, {}), arms.get(than, {}), column)
+            found = {pair: x for pair, x in found.items() if seeds is None or pair[1] in seeds}
             p_values.append(sign_flip([*found.values()]))
             p_t = probability(paired_t([*found.values()]))
             row = [f"{task} n={n}", f"{better} > {than}", column, str(len(found))]
@@ -195,6 +200,7 @@ def report(out: pathlib.Path, plan: Plan) -> str:
     """Returns the whole of tables.md."""
     results, among = load_runs(out), plan.final["among"]
     parts = ["# Results\n", "## Primary comparisons\n", primary_table(results, plan)]
+    parts += ["RL seed 0 alone, one pair a base:\n", primary_table(results, plan, (0,))]
     for (task, n), arms in results.items():
         parts += [f"## {task}, n = {n}\n", results_table(arms, among)]
         for reference in REFERENCES:
