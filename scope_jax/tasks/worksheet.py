@@ -77,8 +77,8 @@ class problems:  # lower case: the loop calls problems(split, ...), a function i
     """A random-access source of sheets; item i of a split is a function of (seed, split, i) alone.
 
     Args:
-      split: "train", "test" (held-out draws), "ood" (more sums), "valid" (to choose by) or one of
-        pretrain.py's.
+      split: "train", "test" (held-out draws), "ood" (more sums), "valid" (held-out draws to choose
+        learning rates on) or one of pretrain.py's.
       n: sums on a sheet.
       ood_n: sums on a sheet of the "ood" split.
       size: number of sheets in the split.
