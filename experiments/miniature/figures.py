@@ -100,7 +100,8 @@ def over_training(results: Results, curve: str, label: str, file: pathlib.Path, 
             middle = np.array([mean.value for mean in means])
             half = np.array([mean.half or 0.0 for mean in means])
             axis.plot(steps, middle, color=color, label=arm, linewidth=1.6)
-            axis.fill_between(steps, middle - half, middle + half, color=color, alpha=0.12, lw=0)
+            low, high = np.clip([middle - half, middle + half], 0, 1)  # of shares
+            axis.fill_between(steps, low, high, color=color, alpha=0.12, lw=0)
             rows += [[task, n, arm, s, m.value, m.half] for s, m in zip(steps, means, strict=True)]
         axis.set_xlabel("training step")
         axis.set_ylim(bottom=0)
@@ -152,7 +153,7 @@ def pass_at_k(results: Results, file: pathlib.Path):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("k")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.03)
     axes[0].set_ylabel("pass@k, test split")
     legend(figure, axes)
     return save(figure, file, ["task", "n", "arm", "k", "mean", "half"], rows)

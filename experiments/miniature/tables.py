@@ -79,7 +79,7 @@ def differences(one: dict, other: dict, column: str) -> dict[tuple[str, int], fl
             both = [
                 x[column] - y[column]
                 for x, y in zip(a["problems"], b["problems"], strict=True)
-                if x[column] is not None and y[column] is not None
+                if x.get(column) is not None and y.get(column) is not None
             ]
             if both:
                 found[pair] = float(np.mean(both))
