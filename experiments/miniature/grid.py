@@ -118,6 +118,8 @@ def run_process(
             env={**os.environ, **env, **cache, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         RUNNING.add(process)
+        if STOPPING.is_set():  # since the last look
+            process.terminate()
         killer = threading.Timer(timeout, process.kill)
         killer.start()
         _, status, usage = os.wait4(process.pid, 0)
