@@ -115,6 +115,53 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return (total - math.comb(num_samples - num_correct, k)) / total  # exact until the division
 
 
+def expected_distinct(counts: Sequence[int], m: int) -> float:
+    """Returns how many kinds m items hold on average, drawn without putting back: rarefaction.
+
+    Hurlbert, https://doi.org/10.2307/1934145: sum_i 1 - C(n - n_i, m) / C(n, m). Kinds found among
+    all n items grow with n, so a policy that is right more often would look more diverse; at a
+    fixed m it does not.
+
+    Args:
+      counts: n_i, items of each kind; their sum is n.
+      m: in 1..n; else ValueError.
+    """
+    n = sum(counts)
+    if not 1 <= m <= n:
+        raise ValueError(f"m must be in 1..{n}, the number of items, got {m}")
+    total = math.comb(n, m)
+    return math.fsum((total - math.comb(n - count, m)) / total for count in counts)
+
+
+def correct_diversity(
+    groups: Sequence[Sequence[str]], solved: Sequence[Sequence[bool]]
+) -> dict[str, float]:
+    """Returns TD and ED among the CORRECT texts of a group, means over the groups with two or more.
+
+    A wrong digit makes texts differ too, so diversity of all texts rewards errors; this one cannot.
+    TD is a mean over pairs, so more correct texts do not raise it; ED falls with their number.
+
+    Args:
+      groups: texts of each problem; solved: whether each of them is right, of the same shape.
+    Returns:
+      {"textual_diversity", "equation_diversity"}, without these two where no group has two correct
+      texts, and "groups", the number of groups that have.
+    """
+    right = [
+        [text for text, good in zip(*group, strict=True) if good]
+        for group in zip(groups, solved, strict=True)
+    ]
+    right = [texts for texts in right if len(texts) > 1]
+    if not right:
+        return {"groups": 0.0}
+    mean = lambda of: math.fsum(map(of, right)) / len(right)  # noqa: E731
+    return {
+        "textual_diversity": mean(textual_diversity),
+        "equation_diversity": mean(equation_diversity),
+        "groups": float(len(right)),
+    }
+
+
 def vendi_score(similarity: np.ndarray) -> float:
     """Returns the effective number of different items, 1 (all equal) to n (nothing in common).
 

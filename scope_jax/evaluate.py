@@ -19,18 +19,20 @@ from rich.table import Table
 from scope_jax.checkpoint import restore_params
 from scope_jax.configlib import load_config, lora_options, one_line_errors, run_config
 from scope_jax.data import decode_completions
-from scope_jax.diversity import pass_at_k
+from scope_jax.diversity import correct_diversity
 from scope_jax.evaluate_prm import evaluate_prm, print_report
 from scope_jax.records import InputError
 from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
 from scope_jax.sampling import decoding_layout, generate
-from scope_jax.sharding import fetch, host_part, own_rows, put_batch
+from scope_jax.sharding import fetch, host_part, put_batch
 
 
-def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_size, **sampling):
-    """Samples `group_size` completions of every record and returns their rewards [len(records),
-    group_size]. Each process (of several) verifies a part of them.
+def sample_completions(
+    policy: Policy, params, records, key, *, batch_size, group_size, **sampling
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Samples completions of every record; returns (rewards [len(records), group_size], their
+    texts in the same order). Each process (of several) verifies a part of them.
 
     Args:
       records: rows of the task; the last batch is filled up by repeating the last one, so one
@@ -38,7 +40,7 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
       batch_size: problems at a time.
       sampling: max_new_tokens, temperature (`generate`'s).
     """
-    rewards, (part, parts) = [], host_part(policy.decode_mesh)
+    rewards, texts, (part, parts) = [], [], host_part(policy.decode_mesh)
     for start in range(0, len(records), batch_size):
         batch = [records[min(i, len(records) - 1)] for i in range(start, start + batch_size)]
         batch = batch[part * batch_size // parts : (part + 1) * batch_size // parts]
@@ -49,40 +51,47 @@ def sample_rewards(policy: Policy, params, records, key, *, batch_size, group_si
             policy.model, params, ids, mask, key, group_size=group_size, row_ids=row_ids,
             **policy.ends, **sampling,
         )  # fmt: skip
-        completions = (rollouts.completion_ids, rollouts.completion_mask)
-        completions = own_rows(completions, policy.decode_mesh)
-        texts = decode_completions(policy.tokenizer, *completions)
+        completions = fetch((rollouts.completion_ids, rollouts.completion_mask))
+        texts += decode_completions(policy.tokenizer, *completions)
         golds = [record["gold"] for record in batch for _ in range(group_size)]
-        own = score_completions(policy.reward_fn, golds, texts)
+        first = start * group_size + part * len(golds)
+        own = score_completions(policy.reward_fn, golds, texts[first : first + len(golds)])
         if parts > 1:
             own = fetch(put_batch(np.array(own, np.float32), policy.decode_mesh)).tolist()
         rewards += own
-    return np.asarray(rewards).reshape(-1, group_size)[: len(records)]
+    groups = [texts[i * group_size : (i + 1) * group_size] for i in range(len(records))]
+    return np.asarray(rewards).reshape(-1, group_size)[: len(records)], groups
 
 
 def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, float]:
     """Returns pass@1 (mean over samples) and pass@k (k = group_size) on the test and OOD splits.
 
-    The same problems and keys each time, so that two evaluations of a run are paired.
+    eval.greedy adds the share that one completion at temperature 0 solves, eval.diversity the
+    diversity among correct completions, both on the test split. The same problems and keys each
+    time, so that two evaluations of a run are paired.
     """
     options = dict(config.eval)
-    options.pop("every")
-    count, splits = (
-        options.pop("problems"),
-        {"test": "", "ood": "ood_"} if options.pop("ood") else {"test": ""},
+    count, split, ood, greedy, diversity = (
+        options.pop(key) for key in ("problems", "split", "ood", "greedy", "diversity")
     )
+    options.pop("every")
     key = jax.device_put(jax.random.key(config.seed + 1))
     model, params = decoding_layout(policy.model, params, policy.decode_mesh)
-    policy = policy._replace(model=model)
-    results = {}
-    for split, prefix in splits.items():
-        source = policy.problems(split)
+    policy, results = policy._replace(model=model), {}
+    for name, prefix in [(split, "")] + ([("ood", "ood_")] if ood else []):
+        source = policy.problems(name)
         records = [source[i] for i in range(min(count, len(source)))]
-        rewards = sample_rewards(policy, params, records, key, **options)
-        solved = (rewards >= config.reward.solved_at).sum(1)
-        k = rewards.shape[1]
-        results[f"eval/{prefix}pass@1"] = float(solved.mean() / k)
-        results[f"eval/{prefix}pass@k"] = float(np.mean([pass_at_k(k, int(c), k) for c in solved]))
+        rewards, texts = sample_completions(policy, params, records, key, **options)
+        solved = rewards >= config.reward.solved_at
+        results[f"eval/{prefix}pass@1"] = float(solved.mean())
+        results[f"eval/{prefix}pass@k"] = float(solved.any(1).mean())
+        if greedy and not prefix:
+            one = options | {"group_size": 1, "temperature": 0.0}
+            rewards, _ = sample_completions(policy, params, records, key, **one)
+            results["eval/greedy"] = float((rewards >= config.reward.solved_at).mean())
+        if diversity and not prefix:
+            among = correct_diversity(texts, solved.tolist())
+            results |= {f"eval/correct_{name}": value for name, value in among.items()}
     return {**results, "eval/k": float(options["group_size"])}
 
 

@@ -177,7 +177,10 @@ def default_config() -> ConfigDict:
                 "group_size": 8,
                 "max_new_tokens": 8192,
                 "temperature": 1.0,
+                "split": "test",  # | "valid": to choose by, so that "test" stays unseen
                 "ood": True,
+                "greedy": False,  # one completion at temperature 0 as well
+                "diversity": False,  # among the correct completions of a problem
             },
             "checkpoint": {
                 "every": 50,  # steps

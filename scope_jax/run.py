@@ -53,7 +53,7 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
     policy, params = load_policy(config)
     problems = policy.problems("train")
-    splits = ("train", "test", "ood") if config.eval.ood else ("train", "test")
+    splits = ("train", config.eval.split, *(("ood",) if config.eval.ood else ()))
     data = prompt_iterator(
         problems, batch_size=config.data.prompts_per_step, seed=config.seed,
         part=host_part(policy.mesh),

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from scope_jax.diversity import (
+    correct_diversity,
     distinct_n,
     equation_diversity,
+    expected_distinct,
     group_diversity,
     pass_at_k,
     self_bleu,
@@ -284,3 +286,51 @@ def test_vendi_score_counts_the_different_items():
 def test_vendi_score_of_what_is_no_similarity_is_an_error(similarity):
     with pytest.raises(ValueError, match="similarity must be"):
         vendi_score(np.array(similarity))
+
+
+# --- among correct texts --------------------------------------------------------------------------
+
+
+def test_expected_distinct_is_rarefaction():
+    # 2 of {a, a, b}: aa, ab, ab -> (1 + 2 + 2) / 3
+    assert expected_distinct([2, 1], 2) == close(5 / 3)
+    assert expected_distinct([2, 1], 1) == close(1)
+    assert expected_distinct([2, 1], 3) == close(2)
+    assert expected_distinct([1, 1, 1, 1], 3) == close(3)
+
+
+def test_expected_distinct_is_the_mean_over_all_draws():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counts = rng.integers(1, 4, rng.integers(1, 4)).tolist()
+        items = [kind for kind, count in enumerate(counts) for _ in range(count)]
+        for m in range(1, len(items) + 1):
+            draws = [len(set(draw)) for draw in itertools.combinations(items, m)]
+            assert expected_distinct(counts, m) == close(sum(draws) / len(draws))
+
+
+def test_more_items_of_the_same_mixture_are_not_more_distinct():
+    # all kinds found grow from 2 to 4 here, two draws out of ever more items do not
+    assert expected_distinct([5, 5], 2) < expected_distinct([1, 1], 2)
+
+
+@pytest.mark.parametrize("m", [0, 4])
+def test_expected_distinct_refuses_more_items_than_there_are(m):
+    with pytest.raises(ValueError, match="1..3"):
+        expected_distinct([2, 1], m)
+
+
+def test_errors_do_not_count_as_diversity():
+    copies, wrong = COPIES[0], [f"so she makes {x} dollars" for x in range(5)]
+    groups, solved = [[copies, copies, *wrong]], [[True, True] + [False] * 5]
+    assert textual_diversity(groups[0]) > 0.5
+    assert correct_diversity(groups, solved)["textual_diversity"] == close(0)
+
+
+def test_correct_diversity_is_over_groups_with_two_correct_texts():
+    groups = [DUCKS, COPIES, DUCKS, DUCKS]
+    solved = [[True] * 3, [True] * 3, [True, False, False], [False] * 3]
+    expected = (textual_diversity(DUCKS) + 0) / 2
+    found = correct_diversity(groups, solved)
+    assert found == {"textual_diversity": close(expected), "equation_diversity": 0, "groups": 2}
+    assert correct_diversity(groups[2:], solved[2:]) == {"groups": 0}

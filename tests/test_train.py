@@ -513,6 +513,17 @@ def test_evaluate_reads_a_model_directory(capsys, scope_run):
     assert printed == {key: value for key, value in first.items() if key != "step"}
 
 
+def test_evaluate_adds_greedy_and_diversity_among_correct_completions(capsys):
+    path = "scope_jax/tasks/worksheet_models/policy"
+    more = ["greedy=True", "diversity=True", "split=valid", "problems=64", "batch_size=64"]
+    command = ["--config", "worksheet:n=2,runlocal", "--model", path]
+    assert evaluate_main(command + [f"--config.eval.{option}" for option in more]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = {"greedy", "correct_groups", "correct_textual_diversity", "correct_equation_diversity"}
+    assert {f"eval/{name}" for name in names} < set(printed)
+    assert 0 < printed["eval/greedy"] <= 1 and 0 < printed["eval/correct_groups"] <= 64
+
+
 @pytest.mark.parametrize("module", ["train", "evaluate", "pretrain", "train_prm", "export"])
 def test_every_command_helps_with_an_example(module):
     command = [sys.executable, "-m", f"scope_jax.{module}", "--help"]

@@ -26,7 +26,7 @@ OPERATORS = "+-*"
 FACTS = tuple(f"{x}{op}{y}" for x in DIGITS for op in OPERATORS for y in DIGITS)  # all 192
 MAX_ITEMS = len(LABELS)
 _LINE = re.compile(r"([a-l])([2-9])([-+*])([2-9])=([0-9])")
-_SPLITS = {"train": 0, "test": 1, "ood": 2, "pretrain": 3, "prm": 4}
+_SPLITS = {"train": 0, "test": 1, "ood": 2, "pretrain": 3, "prm": 4, "valid": 5}
 
 
 def value(x: int, operator: str, y: int) -> int:
@@ -77,7 +77,8 @@ class problems:  # lower case: the loop calls problems(split, ...), a function i
     """A random-access source of sheets; item i of a split is a function of (seed, split, i) alone.
 
     Args:
-      split: "train", "test" (held-out draws), "ood" (more sums) or one of pretrain.py's.
+      split: "train", "test" (held-out draws), "ood" (more sums), "valid" (held-out draws to choose
+        learning rates on) or one of pretrain.py's.
       n: sums on a sheet.
       ood_n: sums on a sheet of the "ood" split.
       size: number of sheets in the split.
