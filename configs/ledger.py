@@ -1,9 +1,9 @@
 """The second task: two accounts, each step goes on from the last (scope_jax/tasks/ledger.py).
 
     python -m scope_jax.train --config configs/ledger.py --workdir /tmp/run
-    python -m scope_jax.train --config configs/ledger.py:n=7,teacher=imperfect,models=/tmp/ledger1
+    python -m scope_jax.train --config configs/ledger.py:n=6,teacher=imperfect,models=/tmp/ledger1
 
-Arguments: n (payments on a ledger, default 6; out-of-distribution ledgers have two more), models
+Arguments: n (payments on a ledger, default 5; out-of-distribution ledgers have two more), models
 (directory that python -m scope_jax.pretrain --task ledger made, default the package's own), teacher
 (own | verbose | imperfect; the last two are not in the package), runlocal (two steps, tiny).
 Models: the package's own 0.14 M parameter policy, teacher and TRAINED process reward model.
@@ -19,7 +19,7 @@ TEACHERS = {"own": "teacher", "verbose": "teacher_verbose", "imperfect": "teache
 
 
 def get_config(arg: str = ""):
-    arguments = parse_arg(arg, n=6, models=MODELS, teacher="own", runlocal=False)
+    arguments = parse_arg(arg, n=5, models=MODELS, teacher="own", runlocal=False)
     if arguments.teacher not in TEACHERS:
         raise InputError(f"teacher={arguments.teacher!r} is none of {', '.join(TEACHERS)}")
     config, n, models = default_config(), arguments.n, arguments.models

@@ -211,13 +211,13 @@ copy = functools.partial(jax.tree.map, jnp.copy)  # training donates its params
 
 def make_teachers(model, policy, teachers, *, text: TaskText, wrong, rows, steps, seed) -> dict:
     """Returns {directory: params}: "teacher", from the policy's params, and the asked others, from
-    the teacher's.
+    the teacher's. The own-style teacher also learns what the policy is still unsure of in the form.
     """
     options = {"text": text, "rows": rows, "peak": 2e-3}
     made = {
         "teacher": train_text(
-            model, copy(policy), wrong={}, seed=seed + 1, steps=steps // 4, name="teacher",
-            **options,
+            model, copy(policy), wrong={}, seed=seed + 1, steps=steps // text.teacher_part,
+            name="teacher", **options,
         )
     }  # fmt: skip
     if "verbose" in teachers:
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--steps", type=int,
-        help="updates of the policy (worksheet 2400, ledger 1500); a quarter for the others",
+        help="updates of the policy (2400 for the worksheet, 1500 for the ledger)",
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=64, help="problems a batch")
     args = parser.parse_args(argv)

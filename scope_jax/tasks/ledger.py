@@ -99,7 +99,7 @@ class problems:  # lower case: the loop calls problems(split, ...), a function i
     """
 
     def __init__(
-        self, split: str, *, n: int = 6, ood_n: int = 8, size: int = 1 << 20, seed: int = 0
+        self, split: str, *, n: int = 5, ood_n: int = 7, size: int = 1 << 20, seed: int = 0
     ):
         if split not in _SPLITS:
             raise InputError(f"unknown split {split!r}: one of {', '.join(_SPLITS)}")
