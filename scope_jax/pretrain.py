@@ -28,6 +28,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
+from scope_jax.calibration import process_bench
 from scope_jax.configlib import one_line_errors
 from scope_jax.data import decode_completions, decode_steps, tokenize_prompts
 from scope_jax.models.hf import save_hf
@@ -176,17 +177,21 @@ def train_prm(prm, params, data, *, rows: int, seed: int, **schedule):
 
 
 def first_error_accuracy(prm, params, data, threshold: float = 0.5) -> dict[str, float]:
-    """Returns how often a PRM's first error is the checker's, on wrong and on right rollouts."""
-    scores = score_steps(
-        prm, params, data["ids"], data["mask"], data["score_positions"], data["step_mask"]
+    """Returns how often a PRM's first error is the checker's, on wrong and on right rollouts, and
+    ProcessBench's F1 of the two.
+    """
+    mask = data["step_mask"]
+    scores = np.asarray(
+        score_steps(prm, params, data["ids"], data["mask"], data["score_positions"], mask).scores
     )
-    first = lambda wrong: np.where(wrong.any(1), wrong.argmax(1), -1)  # noqa: E731
-    found = first((np.asarray(scores.scores) < threshold) & data["step_mask"])
-    true = first((data["labels"] == 0) & data["step_mask"])
-    error = float((found == true)[true >= 0].mean())
-    right = float((found == true)[true < 0].mean())
-    f1 = 2 * error * right / max(error + right, 1e-9)  # ProcessBench's
-    return {"first_error_exact": error, "no_error_exact": right, "f1": f1}
+    wrong = (data["labels"] == 0) & mask
+    found = process_bench(
+        [row[real] for row, real in zip(scores, mask, strict=True)],
+        np.where(wrong.any(1), wrong.argmax(1), -1),
+        threshold,
+    )
+    names = {"first_error_exact": "acc_error", "no_error_exact": "acc_correct", "f1": "f1"}
+    return {name: float(found[key]) for name, key in names.items()}
 
 
 def solve_rate(
