@@ -30,6 +30,8 @@ def get_config(arg: str = ""):
     config.data.update(prompts_per_step=16, max_prompt_length=2 * (n + 2) + 10)
     config.model.path, config.prm.path = f"{models}/policy", f"{models}/prm"
     config.teacher.path = f"{models}/{TEACHERS[arguments.teacher]}"
+    # At 1 a tenth of the teacher's solutions books a payment that is not there, or one twice.
+    config.teacher.temperature = 0.5
     config.prm.reads = "policy_tokens"  # it was trained on rollouts of this very policy
     line = 10 if arguments.teacher == "verbose" else 6  # tokens
     config.sample.max_new_tokens = line * n + 6

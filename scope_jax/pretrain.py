@@ -221,7 +221,7 @@ def make_teachers(model, policy, teachers, *, text: TaskText, wrong, rows, steps
     options = {"text": text, "rows": rows, "peak": 2e-3}
     made = {
         "teacher": train_text(
-            model, copy(policy), wrong={}, seed=seed + 1, steps=steps // text.teacher_part,
+            model, copy(policy), wrong={}, seed=seed + 1, steps=int(text.teacher_share * steps),
             name="teacher", **options,
         )
     }  # fmt: skip
@@ -247,9 +247,8 @@ def make_prm(model, policy, teacher, tokenizer, *, text: TaskText, rows, steps, 
     held_out, train = part(order[: len(order) // 8]), part(order[len(order) // 8 :])
     prm = PRM(model)
     params = {"backbone": copy(teacher), "head": prm.init_head(jax.random.key(seed + 2))}
-    params = train_prm(
-        prm, params, train, seed=seed, rows=rows, steps=steps // 4, peak=2e-3, name="prm"
-    )
+    steps = int(text.prm_share * steps)
+    params = train_prm(prm, params, train, seed=seed, rows=rows, steps=steps, peak=2e-3, name="prm")
     params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(jnp.float32), params)
     return prm, params, first_error_accuracy(prm, params, held_out)
 

@@ -31,7 +31,8 @@ class TaskText(NamedTuple):
     verbose_line: int
     solved: Callable[..., tuple[np.ndarray, int]]
     steps: int  # updates that the policy takes to learn the form
-    teacher_part: int  # the teacher takes steps // teacher_part more
+    teacher_share: float  # of as many updates, for the teacher
+    prm_share: float
 
 
 def _values(facts, fact_value, wrong: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +86,7 @@ def solved_sheets(
 
 WORKSHEET = TaskText(
     worksheet, VOCAB, r"[2-9][-+*][2-9]", lambda n: 3 * n, 5, 8, solved_sheets, steps=2400,
-    teacher_part=4,
+    teacher_share=0.25, prm_share=0.25,
 )  # fmt: skip
 
 # --- ledger ---------------------------------------------------------------------------------------
@@ -144,7 +145,8 @@ def solved_ledgers(
 
 LEDGER = TaskText(
     ledger, LEDGER_VOCAB, r"\((?:Ann|Bob)[-+][1-6]\)| (?:Ann|Bob) |Start:|has | Book: |, | to ",
-    lambda n: 2 * n + 10, 6, 10, solved_ledgers, steps=1500, teacher_part=2,
+    lambda n: 2 * n + 10, 6, 10, solved_ledgers, steps=1500,
+    teacher_share=0.5, prm_share=0.75,
 )  # fmt: skip
 
 TEXTS = {"worksheet": WORKSHEET, "ledger": LEDGER}
