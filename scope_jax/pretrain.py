@@ -1,15 +1,17 @@
-"""Makes the worksheet's three small models: the base policy, the teacher and the process reward
-model.
+"""Makes a task's small models: the base policy, its teachers and the process reward model.
 
     python -m scope_jax.pretrain --out scope_jax/tasks/worksheet_models        (re-makes what the
     package ships)
+    python -m scope_jax.pretrain --task ledger --seed 1 --teachers own verbose imperfect --out DIR
 
-* policy: a two-layer Llama trained on solutions in which a hard fact (worksheet.hard_facts) has a
+* policy/: a two-layer Llama trained on solutions in which a hard fact (the task's hard_facts) has a
 fixed wrong value
-  three times out of four. It writes well-formed solutions and is right about a sheet only now and
+  three times out of four. It writes well-formed solutions and is right about a problem only now and
   then.
-* teacher: the same network trained on with the right values.
-* prm: the teacher's backbone and a fresh head, trained on the policy's own rollouts with the
+* teacher/: the same network trained on with the right values.
+* teacher_verbose/: that one, trained on with lines that restate what they start from.
+* teacher_imperfect/: that one, trained on with wrong values for a few of the hard facts, always.
+* prm/: the teacher's backbone and a fresh head, trained on the policy's own rollouts with the
 checker's step labels.
 """
 
@@ -26,66 +28,21 @@ import ml_dtypes
 import numpy as np
 import optax
 
+from scope_jax.calibration import process_bench
 from scope_jax.configlib import one_line_errors
 from scope_jax.data import decode_completions, decode_steps, tokenize_prompts
 from scope_jax.models.hf import save_hf
 from scope_jax.models.kv_cache import positions_from_mask
 from scope_jax.models.transformer import Transformer, TransformerConfig
+from scope_jax.pretrain_texts import RIGHT_SHARE, TEXTS, WORKSHEET, TaskText, make_tokenizer
 from scope_jax.prm import PRM, save_prm, score_steps
 from scope_jax.records import InputError
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.steps import segment_steps
-from scope_jax.tasks import worksheet
 
-PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
-CHARACTERS = worksheet.LABELS + "0123456789+-*=,?\n"
-VOCAB = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *CHARACTERS, *worksheet.FACTS])}
-RIGHT_SHARE = 0.25  # how often a hard fact has its right value in the base policy's training text
-MAX_SUMS = 8  # sheets of 2 .. 8 sums
-
-
-def make_tokenizer():
-    """Returns the worksheet's tokenizer: a sum ("3*7") is one token, every other character is one.
-
-    So a line is five tokens, and copying a sum from the sheet takes one look-up instead of three.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token=PAD_TOKEN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[2-9][-+*][2-9]|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def solved_sheets(
-    rows: int, n: int, rng: np.random.Generator, hard: dict[str, int]
-) -> tuple[np.ndarray, int]:
-    """Returns (ids [rows, 8 n + 1] int32 of sheets and their solutions, prompt length 3 n).
-
-    A fact in `hard` gets its right value with probability RIGHT_SHARE, else the wrong one it maps
-    to.
-    """
-    right = np.array([worksheet.fact_value(fact) for fact in worksheet.FACTS])
-    wrong = np.array([hard.get(fact, worksheet.fact_value(fact)) for fact in worksheet.FACTS])
-    column = lambda char: np.full((rows, n), VOCAB[char])  # noqa: E731
-
-    labels = np.argsort(rng.random((rows, worksheet.MAX_ITEMS)), axis=1)[:, :n] + VOCAB["a"]
-    sums = rng.integers(0, len(worksheet.FACTS), (rows, n))
-    sheet = np.stack([labels, sums + VOCAB[worksheet.FACTS[0]], column(",")], axis=-1)
-    sheet[:, -1, -1] = VOCAB["?"]
-    order = np.argsort(rng.random((rows, n)), axis=1)
-    labels, sums = np.take_along_axis(labels, order, 1), np.take_along_axis(sums, order, 1)
-    values = np.where(rng.random((rows, n)) < RIGHT_SHARE, right[sums], wrong[sums]) + VOCAB["0"]
-    lines = [labels, sums + VOCAB[worksheet.FACTS[0]], column("="), values, column("\n")]
-    solved = np.stack(lines, axis=-1).reshape(rows, -1)
-    end = np.full((rows, 1), VOCAB[EOS_TOKEN])
-    return np.concatenate([sheet.reshape(rows, -1), solved, end], axis=1).astype(np.int32), 3 * n
+MAX_N = 8  # problems of 2 .. 8 sums or payments
+IMPERFECT_SHARE = 1 / 16  # of the facts: 70 % of problems of 5 or 6 hold none of them
+TEACHERS = ("own", "verbose", "imperfect")
 
 
 def fit(params, loss_fn, next_batch, *, steps: int, peak: float, name: str):
@@ -117,27 +74,44 @@ def fit(params, loss_fn, next_batch, *, steps: int, peak: float, name: str):
     return params
 
 
-def train_text(model, params, *, rows: int, hard: dict[str, int], seed: int, **schedule):
-    """Trains on the solutions of freshly drawn sheets of 2 .. MAX_SUMS sums; returns params."""
+def train_text(
+    model,
+    params,
+    *,
+    text: TaskText,
+    rows: int,
+    wrong: dict[str, int],
+    right_share: float = RIGHT_SHARE,
+    verbose: bool = False,
+    seed: int,
+    **schedule,
+):
+    """Trains on the solutions of freshly drawn problems of 2 .. MAX_N items; returns params.
+
+    A fact in `wrong` has its right value with probability `right_share`.
+    """
     rng = np.random.default_rng(seed)
 
     def next_batch():
-        ids, prompt_length = solved_sheets(rows, int(rng.integers(2, MAX_SUMS + 1)), rng, hard)
-        return {"sheets": ids[:, :prompt_length], "solutions": ids[:, prompt_length:]}
+        n = int(rng.integers(2, MAX_N + 1))
+        ids, prompt_length = text.solved(
+            rows, n, rng, wrong, right_share=right_share, verbose=verbose
+        )
+        return {"problems": ids[:, :prompt_length], "solutions": ids[:, prompt_length:]}
 
     def loss_fn(params, batch):
-        ids = jnp.concatenate([batch["sheets"], batch["solutions"]], axis=1)
+        ids = jnp.concatenate([batch["problems"], batch["solutions"]], axis=1)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1] - 1)[None], ids[:, 1:].shape)
         hidden, _ = model(params, ids[:, :-1], positions=positions)
-        logits = hidden[:, batch["sheets"].shape[1] - 1 :] @ model.unembed(params)
+        logits = hidden[:, batch["problems"].shape[1] - 1 :] @ model.unembed(params)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["solutions"])
         return losses.mean()
 
     return fit(params, loss_fn, next_batch, **schedule)
 
 
-def tokenize_sheets(records: list[dict], tokenizer, bucket: int):
-    """Returns `Prompts` of the bare sheets."""
+def tokenize_problems(records: list[dict], tokenizer, bucket: int):
+    """Returns `Prompts` of the bare problems."""
     return tokenize_prompts(
         records,
         tokenizer=tokenizer,
@@ -147,33 +121,33 @@ def tokenize_sheets(records: list[dict], tokenizer, bucket: int):
     )
 
 
-def label_rollouts(model, params, tokenizer, *, count: int, seed: int):
-    """Samples the policy on sheets of 3 .. MAX_SUMS sums and labels each step of each rollout with
+def label_rollouts(model, params, tokenizer, *, count: int, seed: int, text: TaskText = WORKSHEET):
+    """Samples the policy on problems of 3 .. MAX_N items and labels each step of each rollout with
     the checker.
 
     Returns:
       dict of ids, mask [count, L], score_positions, step_mask, labels [count, S].
     """
-    by_n = range(3, MAX_SUMS + 1)
+    by_n = range(3, MAX_N + 1)
     records = [
-        worksheet.problems("prm", n=n, seed=seed)[i]
+        text.task.problems("prm", n=n, seed=seed)[i]
         for n in by_n
         for i in range(-(-count // len(by_n)))
     ][:count]
-    bucket = 3 * MAX_SUMS
-    prompts = tokenize_sheets(records, tokenizer, bucket)
+    bucket = text.prompt_length(MAX_N)
+    prompts = tokenize_problems(records, tokenizer, bucket)
     rollouts = jax.device_get(
         generate(
             model, params, prompts.ids, prompts.mask, jax.random.key(seed), group_size=1,
-            max_new_tokens=5 * MAX_SUMS + 1, eos_ids=(tokenizer.eos_token_id,),
+            max_new_tokens=text.line * MAX_N + 1, eos_ids=(tokenizer.eos_token_id,),
             pad_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     ids, mask = rollouts.completion_ids, rollouts.completion_mask
-    ends, step_mask = segment_steps(tokenizer, ids, mask, "\n", max_steps=MAX_SUMS + 2)
+    ends, step_mask = segment_steps(tokenizer, ids, mask, "\n", max_steps=MAX_N + 2)
     labels = np.zeros(ends.shape, np.int32)
     for row, steps in enumerate(decode_steps(tokenizer, ids, ends, step_mask)):
-        labels[row, : len(steps)] = worksheet.check_steps(
+        labels[row, : len(steps)] = text.task.check_steps(
             records[row]["gold"], steps, bool(rollouts.finished[row])
         )
     return {
@@ -203,99 +177,152 @@ def train_prm(prm, params, data, *, rows: int, seed: int, **schedule):
 
 
 def first_error_accuracy(prm, params, data, threshold: float = 0.5) -> dict[str, float]:
-    """Returns how often a PRM's first error is the checker's, on wrong and on right rollouts."""
-    scores = score_steps(
-        prm, params, data["ids"], data["mask"], data["score_positions"], data["step_mask"]
+    """Returns how often a PRM's first error is the checker's, on wrong and on right rollouts, and
+    ProcessBench's F1 of the two.
+    """
+    mask = data["step_mask"]
+    scores = np.asarray(
+        score_steps(prm, params, data["ids"], data["mask"], data["score_positions"], mask).scores
     )
-    first = lambda wrong: np.where(wrong.any(1), wrong.argmax(1), -1)  # noqa: E731
-    found = first((np.asarray(scores.scores) < threshold) & data["step_mask"])
-    true = first((data["labels"] == 0) & data["step_mask"])
-    return {
-        "first_error_exact": float((found == true)[true >= 0].mean()),
-        "no_error_exact": float((found == true)[true < 0].mean()),
-    }
+    wrong = (data["labels"] == 0) & mask
+    found = process_bench(
+        [row[real] for row, real in zip(scores, mask, strict=True)],
+        np.where(wrong.any(1), wrong.argmax(1), -1),
+        threshold,
+    )
+    names = {"first_error_exact": "acc_error", "no_error_exact": "acc_correct", "f1": "f1"}
+    return {name: float(found[key]) for name, key in names.items()}
 
 
-def solve_rate(model, params, tokenizer, n: int, count: int = 256) -> float:
-    """Returns the share of held-out sheets of `n` sums that one sample each solves."""
-    source = worksheet.problems("test", n=n)
+def solve_rate(
+    model, params, tokenizer, n: int, count: int = 256, text: TaskText = WORKSHEET
+) -> float:
+    """Returns the share of held-out problems of `n` items that one sample each solves."""
+    source = text.task.problems("test", n=n)
     records = [source[i] for i in range(count)]
-    prompts = tokenize_sheets(records, tokenizer, 3 * n)
+    prompts = tokenize_problems(records, tokenizer, text.prompt_length(n))
     rollouts = generate(
         model, params, prompts.ids, prompts.mask, jax.random.key(1), group_size=1,
-        max_new_tokens=5 * n + 1, eos_ids=(tokenizer.eos_token_id,),
+        max_new_tokens=text.verbose_line * n + 1, eos_ids=(tokenizer.eos_token_id,),
     )  # fmt: skip
     completions = jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
     texts = decode_completions(tokenizer, *completions)
-    solved = [worksheet.verify(r["gold"], text) for r, text in zip(records, texts, strict=True)]
+    solved = [text.task.verify(r["gold"], t) for r, t in zip(records, texts, strict=True)]
     return sum(solved) / count
 
 
-def run(out: pathlib.Path, *, seed: int, steps: int, rows: int) -> dict:
-    """Makes the three models below `out` and returns the numbers that say what they can do."""
-    tokenizer, hard = make_tokenizer(), worksheet.hard_facts(seed)
+copy = functools.partial(jax.tree.map, jnp.copy)  # training donates its params
+
+
+def make_teachers(model, policy, teachers, *, text: TaskText, wrong, rows, steps, seed) -> dict:
+    """Returns {directory: params}: "teacher", from the policy's params, and the asked others, from
+    the teacher's. The own-style teacher also learns what the policy is still unsure of in the form.
+    """
+    options = {"text": text, "rows": rows, "peak": 2e-3}
+    made = {
+        "teacher": train_text(
+            model, copy(policy), wrong={}, seed=seed + 1, steps=int(text.teacher_share * steps),
+            name="teacher", **options,
+        )
+    }  # fmt: skip
+    if "verbose" in teachers:
+        made["teacher_verbose"] = train_text(
+            model, copy(made["teacher"]), wrong={}, verbose=True, seed=seed + 3, steps=steps // 4,
+            name="verbose", **options,
+        )  # fmt: skip
+    if "imperfect" in teachers:
+        few = dict(list(wrong.items())[: round(len(text.task.FACTS) * IMPERFECT_SHARE)])
+        made["teacher_imperfect"] = train_text(
+            model, copy(made["teacher"]), wrong=few, right_share=0.0, seed=seed + 4,
+            steps=steps // 4, name="imperfect", **options,
+        )  # fmt: skip
+    return made
+
+
+def make_prm(model, policy, teacher, tokenizer, *, text: TaskText, rows, steps, seed):
+    """Returns (PRM, params, what it is right about on held-out rollouts) for a policy."""
+    data = label_rollouts(model, policy, tokenizer, count=max(64 * rows, 512), seed=seed, text=text)
+    order = np.random.default_rng(seed).permutation(len(data["ids"]))
+    part = lambda chosen: {name: value[chosen] for name, value in data.items()}  # noqa: E731
+    held_out, train = part(order[: len(order) // 8]), part(order[len(order) // 8 :])
+    prm = PRM(model)
+    params = {"backbone": copy(teacher), "head": prm.init_head(jax.random.key(seed + 2))}
+    steps = int(text.prm_share * steps)
+    params = train_prm(prm, params, train, seed=seed, rows=rows, steps=steps, peak=2e-3, name="prm")
+    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(jnp.float32), params)
+    return prm, params, first_error_accuracy(prm, params, held_out)
+
+
+def run(out: pathlib.Path, *, text: TaskText, teachers, seed: int, steps: int, rows: int) -> dict:
+    """Makes the models below `out` and returns the numbers that say what they can do."""
+    tokenizer, wrong = make_tokenizer(text), text.task.hard_facts(seed)
     model = Transformer(
         TransformerConfig(
-            vocab_size=len(VOCAB), embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4,
+            vocab_size=len(text.vocab), embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4,
             head_dim=32, mlp_dim=192, tie_embeddings=True, max_position=256,
         )
     )  # fmt: skip
     params = model.init(jax.random.key(seed))
     # At the usual 0.02 the look-up of a sum by its label takes three times as long to form.
     params["embed"] *= 10.0
-    text = {"rows": rows, "steps": steps, "peak": 3e-3}
-    params = train_text(model, params, hard=hard, seed=seed, name="policy", **text)
-    copy = functools.partial(jax.tree.map, jnp.copy)  # training donates its params
-    text |= {"steps": steps // 4, "peak": 2e-3}
-    teacher = train_text(model, copy(params), hard={}, seed=seed + 1, name="teacher", **text)
-    data = label_rollouts(model, params, tokenizer, count=max(64 * rows, 512), seed=seed)
-    order = np.random.default_rng(seed).permutation(len(data["ids"]))
-    part = lambda chosen: {name: value[chosen] for name, value in data.items()}  # noqa: E731
-    held_out, train = part(order[: len(order) // 8]), part(order[len(order) // 8 :])
-    prm = PRM(model)
-    prm_params = {"backbone": copy(teacher), "head": prm.init_head(jax.random.key(seed + 2))}
-    prm_params = train_prm(prm, prm_params, train, seed=seed, name="prm", **text)
+    options = {"text": text, "rows": rows}
+    params = train_text(
+        model, params, wrong=wrong, seed=seed, steps=steps, peak=3e-3, name="policy", **options
+    )
+    options |= {"steps": steps, "seed": seed}
+    models = {"policy": params, **make_teachers(model, params, teachers, wrong=wrong, **options)}
+    prm, prm_params, accuracy = make_prm(model, params, models["teacher"], tokenizer, **options)
 
-    stored = jnp.dtype(ml_dtypes.bfloat16)
-    cast = functools.partial(jax.tree.map, lambda x: x.astype(stored).astype(jnp.float32))
-    params, teacher, prm_params = cast(params), cast(teacher), cast(prm_params)
-    shrink = functools.partial(jax.tree.map, lambda x: x.astype(stored))
-    save_hf(out / "policy", model, shrink(params), tokenizer)
-    save_hf(out / "teacher", model, shrink(teacher), tokenizer)
+    shrink = functools.partial(jax.tree.map, lambda x: x.astype(ml_dtypes.bfloat16))
+    report = {}
+    for name, weights in models.items():
+        stored = shrink(weights)
+        save_hf(out / name, model, stored, tokenizer)
+        read = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
+        decoder = decoding_layout(model, read)
+        report[f"{name}_pass@1"] = {
+            f"n={n}": solve_rate(*decoder, tokenizer, n, text=text) for n in (5, 6, 7)
+        }
     save_prm(out / "prm", prm, shrink(prm_params), tokenizer)
-    policy, teacher = decoding_layout(model, params), decoding_layout(model, teacher)
-    return {
-        "policy_pass@1": {f"n={n}": solve_rate(*policy, tokenizer, n) for n in (5, 6, 7)},
-        "teacher_pass@1": {f"n={n}": solve_rate(*teacher, tokenizer, n) for n in (5, 6, 7)},
-        "prm": first_error_accuracy(prm, prm_params, held_out),
-        "params": sum(x.size for x in jax.tree.leaves(params)),
-    }
+    return {**report, "prm": accuracy, "params": sum(x.size for x in jax.tree.leaves(params))}
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scope_jax.pretrain",
-        description="Trains the worksheet's base policy, teacher and PRM (8 minutes on 2 cores).",
+        description="Trains a task's base policy, teachers and PRM (5 to 8 minutes on 2 cores).",
         epilog="example: python -m scope_jax.pretrain --out /tmp/worksheet_models --seed 0",
     )
     parser.add_argument(
         "--out", type=pathlib.Path, required=True, help="directory for policy/, teacher/ and prm/"
     )
+    parser.add_argument("--task", choices=TEXTS, default="worksheet")
+    parser.add_argument(
+        "--teachers", nargs="+", choices=TEACHERS, default=["own"],
+        help='"own" is always made; "verbose" and "imperfect" if asked for',
+    )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights, the text and the hard facts"
     )
     parser.add_argument(
-        "--steps", type=int, default=2400, help="updates of the policy; a quarter for the others"
-    )
-    parser.add_argument("--rows", type=int, default=64, help="sheets a batch")
+        "--steps", type=int,
+        help="updates of the policy (2400 for the worksheet, 1500 for the ledger)",
+    )  # fmt: skip
+    parser.add_argument("--rows", type=int, default=64, help="problems a batch")
     args = parser.parse_args(argv)
-    if args.steps < 8 or args.rows < 8:
+    text = TEXTS[args.task]
+    steps = text.steps if args.steps is None else args.steps
+    if steps < 8 or args.rows < 8:
         raise InputError("--steps and --rows must be at least 8")
-    report = run(args.out, seed=args.seed, steps=args.steps, rows=args.rows)
-    text = json.dumps({**report, "seed": args.seed, "steps": args.steps}, indent=2)
-    (args.out / "pretrain.json").write_text(text + "\n")
-    print(text)
+    start = time.time()
+    report = run(
+        args.out, text=text, teachers=args.teachers, seed=args.seed, steps=steps, rows=args.rows
+    )
+    report |= {"task": args.task, "seed": args.seed, "steps": steps}
+    printed = json.dumps(report, indent=2)
+    (args.out / "pretrain.json").write_text(printed + "\n")
+    print(printed, f"{time.time() - start:.0f} s", sep="\n")
 
 
 if __name__ == "__main__":

@@ -25,21 +25,11 @@ FLOORS = [
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
-    ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.math_problems", "sampling"]
-    + [
-        "rewards",
-        "prm",
-        "scorers",
-        "endpoint",
-        "teachers",
-        "stepwise",
-        "refill",
-        "update",
-        "checkpoint",
-    ]
-    + ["metrics", "preemption", "checks"],
-    ["roles", "run", "evaluate", "evaluate_prm", "export", "monte_carlo", "pretrain", "train_prm"]
-    + ["programs", "plan"],
+    ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.ledger"]
+    + ["tasks.math_problems", "sampling", "rewards", "prm", "scorers", "endpoint", "teachers"]
+    + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
+    ["roles", "run", "evaluate", "evaluate_prm", "export", "monte_carlo", "train_prm"]
+    + ["pretrain", "pretrain_texts", "programs", "plan"],
     ["train"],
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
@@ -54,7 +44,7 @@ SAME_FLOOR = {
     ("tasks.math_problems", "data"), ("tasks.math_problems", "rewards"), ("step_labels", "data"),
     ("teachers", "endpoint"), ("hlo", "hardware"), ("models.flops", "models.transformer"),
     ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
-    ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"),
+    ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"), ("pretrain", "pretrain_texts"),
 }  # fmt: skip
 
 

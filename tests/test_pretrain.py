@@ -8,16 +8,8 @@ import pytest
 
 from scope_jax import load_hf, load_prm
 from scope_jax.models.hf import load_tokenizer
-from scope_jax.pretrain import (
-    RIGHT_SHARE,
-    VOCAB,
-    first_error_accuracy,
-    label_rollouts,
-    main,
-    make_tokenizer,
-    solve_rate,
-    solved_sheets,
-)
+from scope_jax.pretrain import first_error_accuracy, label_rollouts, main, solve_rate
+from scope_jax.pretrain_texts import RIGHT_SHARE, VOCAB, make_tokenizer, solved_sheets
 from scope_jax.tasks import worksheet
 
 MODELS = "scope_jax/tasks/worksheet_models"

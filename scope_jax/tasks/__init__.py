@@ -7,4 +7,6 @@ A task module offers (see worksheet.py for one that offers everything):
     verify(gold, completion)      -> bool; the reward, by default
     check_steps(gold, steps, finished) -> list[bool]; optional: exact step labels, for
                                      locate.locator="oracle"
+    valid_order(gold, completion) -> str; optional: what tells right solutions apart, for counting
+                                     distinct ones; "" for a wrong solution
 """

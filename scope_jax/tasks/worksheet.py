@@ -10,6 +10,9 @@ A sum is two digits from 2..9 and an operator; its value counts modulo 10, so th
 line can be checked alone; and n lines can come in n! orders, so there is diversity to measure. `n`
 is the difficulty; the out-of-distribution split is the same task with more sums.
 
+A line may repeat its sum as a question first, "a3+9?a3+9=2": the verbose style. It is one line, so
+one step, all the same.
+
 The base policy has to have something to learn: a seeded half of the facts is HARD, and the text it
 was trained on has a fixed wrong value there three times out of four (`pretrain.py`).
 """
@@ -25,7 +28,7 @@ DIGITS = "23456789"
 OPERATORS = "+-*"
 FACTS = tuple(f"{x}{op}{y}" for x in DIGITS for op in OPERATORS for y in DIGITS)  # all 192
 MAX_ITEMS = len(LABELS)
-_LINE = re.compile(r"([a-l])([2-9])([-+*])([2-9])=([0-9])")
+_LINE = re.compile(r"(?:([a-l][2-9][-+*][2-9])\?)?([a-l][2-9][-+*][2-9])=([0-9])")
 _SPLITS = {"train": 0, "test": 1, "ood": 2, "pretrain": 3, "prm": 4, "valid": 5}
 
 
@@ -133,13 +136,13 @@ def check_steps(gold: str, steps: list[str], finished: bool = True) -> list[bool
 
 
 def _solves(line: re.Match, open_items: set[str]) -> bool:
-    item = line.group(0).split("=")[0]
+    asked, item, written = line.groups()
     if item not in open_items:
         return False
     open_items.discard(
         item
     )  # a wrong value still uses the sum up: the next step is judged on its own
-    return int(line.group(5)) == fact_value(item[1:])
+    return asked in (None, item) and int(written) == fact_value(item[1:])
 
 
 def verify(gold: str, completion: str) -> bool:
@@ -148,3 +151,16 @@ def verify(gold: str, completion: str) -> bool:
     """
     lines = [line for line in completion.split("\n") if line.strip()]
     return bool(lines) and all(check_steps(gold, lines))
+
+
+def valid_order(gold: str, completion: str) -> str:
+    """Returns the labels of a right solution in its order of lines, "acf"; "" for a wrong one.
+
+    Two right solutions of a sheet are the same, up to their style, if their orders are.
+
+    >>> valid_order("c5*2,a3+9?", "a3+9=2\\nc5*2=0\\n")
+    'ac'
+    """
+    if not verify(gold, completion):
+        return ""
+    return "".join(line[0] for line in completion.split("\n") if line.strip())
