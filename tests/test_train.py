@@ -200,7 +200,18 @@ def test_other_methods_and_options_run(tmp_path, options):
         assert all(0.99 < row["is_weight"] < 1.01 for row in steps)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"scope", "dr_grpo", "grpo", "luffy"}))
+OWN_TESTS = {"scope", "dr_grpo", "grpo", "luffy", "dapo", "scope_step", "scope_monte_carlo"}
+IN_CI = {"gspo", "rl_sft", "vppo"}  # the others have nothing but options that other tests set
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in IN_CI else pytest.mark.slow)
+        for name in METHODS
+        if name not in OWN_TESTS
+    ],
+)
 def test_every_method_is_a_config_of_this_loop(tmp_path, method, dr_grpo_run):
     one = "--config.learn.mini_batches=1"  # appended rows divide over 8 devices only whole
     params = run(tmp_path / "run", f"--config.method={method}", one)
