@@ -195,7 +195,13 @@ def first_error_accuracy(prm, params, data, threshold: float = 0.5) -> dict[str,
 
 
 def solve_rate(
-    model, params, tokenizer, n: int, count: int = 256, text: TaskText = WORKSHEET
+    model,
+    params,
+    tokenizer,
+    n: int,
+    count: int = 256,
+    text: TaskText = WORKSHEET,
+    temperature: float = 1.0,
 ) -> float:
     """Returns the share of held-out problems of `n` items that one sample each solves."""
     source = text.task.problems("test", n=n)
@@ -204,6 +210,7 @@ def solve_rate(
     rollouts = generate(
         model, params, prompts.ids, prompts.mask, jax.random.key(1), group_size=1,
         max_new_tokens=text.verbose_line * n + 1, eos_ids=(tokenizer.eos_token_id,),
+        temperature=temperature,
     )  # fmt: skip
     completions = jax.device_get((rollouts.completion_ids, rollouts.completion_mask))
     texts = decode_completions(tokenizer, *completions)
