@@ -20,7 +20,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from scope_jax.losses import assign_credit
+    from scope_jax.credit import assign_credit
     from scope_jax.metrics import CompileCounter
     from scope_jax.models.hf import load_hf
     from scope_jax.records import TrainBatch
