@@ -30,9 +30,10 @@ from scope_jax.sharding import fetch, host_part, put_batch
 
 def sample_completions(
     policy: Policy, params, records, key, *, batch_size, group_size, **sampling
-) -> tuple[np.ndarray, list[list[str]]]:
-    """Samples completions of every record; returns (rewards [len(records), group_size], their
-    texts in the same order). Each process (of several) verifies a part of them.
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Samples completions of every record; returns (rewards [len(records), group_size], (ids, mask)
+    [len(records) * group_size, T] in the same order, see `decode_groups`). Each process (of
+    several) verifies a part of them.
 
     Args:
       records: rows of the task; the last batch is filled up by repeating the last one, so one
@@ -40,7 +41,7 @@ def sample_completions(
       batch_size: problems at a time.
       sampling: max_new_tokens, temperature (`generate`'s).
     """
-    rewards, texts, (part, parts) = [], [], host_part(policy.decode_mesh)
+    rewards, written, (part, parts) = [], [], host_part(policy.decode_mesh)
     for start in range(0, len(records), batch_size):
         batch = [records[min(i, len(records) - 1)] for i in range(start, start + batch_size)]
         batch = batch[part * batch_size // parts : (part + 1) * batch_size // parts]
@@ -51,16 +52,22 @@ def sample_completions(
             policy.model, params, ids, mask, key, group_size=group_size, row_ids=row_ids,
             **policy.ends, **sampling,
         )  # fmt: skip
-        completions = fetch((rollouts.completion_ids, rollouts.completion_mask))
-        texts += decode_completions(policy.tokenizer, *completions)
+        written.append(fetch((rollouts.completion_ids, rollouts.completion_mask)))
         golds = [record["gold"] for record in batch for _ in range(group_size)]
-        first = start * group_size + part * len(golds)
-        own = score_completions(policy.reward_fn, golds, texts[first : first + len(golds)])
+        mine = slice(part * len(golds), (part + 1) * len(golds))
+        texts = decode_completions(policy.tokenizer, *(x[mine] for x in written[-1]))
+        own = score_completions(policy.reward_fn, golds, texts)
         if parts > 1:
             own = fetch(put_batch(np.array(own, np.float32), policy.decode_mesh)).tolist()
         rewards += own
-    groups = [texts[i * group_size : (i + 1) * group_size] for i in range(len(records))]
-    return np.asarray(rewards).reshape(-1, group_size)[: len(records)], groups
+    ids, mask = (np.concatenate(x)[: len(records) * group_size] for x in zip(*written, strict=True))
+    return np.asarray(rewards).reshape(-1, group_size)[: len(records)], (ids, mask)
+
+
+def decode_groups(tokenizer, completions, group_size: int) -> list[list[str]]:
+    """Returns the texts of completions (ids, mask), a list for each record."""
+    texts = decode_completions(tokenizer, *completions)
+    return [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
 
 
 def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, float]:
@@ -81,7 +88,7 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
     for name, prefix in [(split, "")] + ([("ood", "ood_")] if ood else []):
         source = policy.problems(name)
         records = [source[i] for i in range(min(count, len(source)))]
-        rewards, texts = sample_completions(policy, params, records, key, **options)
+        rewards, completions = sample_completions(policy, params, records, key, **options)
         solved = rewards >= config.reward.solved_at
         results[f"eval/{prefix}pass@1"] = float(solved.mean())
         results[f"eval/{prefix}pass@k"] = float(solved.any(1).mean())
@@ -90,6 +97,7 @@ def evaluate_policy(policy: Policy, params, config: ConfigDict) -> dict[str, flo
             rewards, _ = sample_completions(policy, params, records, key, **one)
             results["eval/greedy"] = float((rewards >= config.reward.solved_at).mean())
         if diversity and not prefix:
+            texts = decode_groups(policy.tokenizer, completions, solved.shape[1])
             among = correct_diversity(texts, solved.tolist())
             results |= {f"eval/correct_{name}": value for name, value in among.items()}
     return {**results, "eval/k": float(options["group_size"])}

@@ -265,6 +265,7 @@ def token_losses(
     # the gradient.
     safe_logps = jnp.where(mask, logps, 0.0)
     log_ratio = jnp.where(reads_old, safe_logps - jnp.where(reads_old, old_logps, 0.0), 0.0)
+    of_token = log_ratio
     if ratio == "sequence":
         log_ratio = jnp.where(policy, _sequence_mean(log_ratio, policy, segments), log_ratio)
     rho = jnp.exp(jnp.minimum(log_ratio, 80.0))  # finite: 0 * inf is NaN in the backward pass
@@ -285,6 +286,7 @@ def token_losses(
         teacher_loss = -jnp.where(teacher, safe_logps, 0.0)
     cut = clipped * advantages < rho * advantages
     by_token = {"ratio": rho, "log_ratio": log_ratio, "cut": cut, "prob": prob}
+    by_token["gap"] = jnp.abs(of_token)  # of the token itself, whatever the ratio is taken over
     return jnp.where(teacher, teacher_loss, on_policy_loss), by_token
 
 
@@ -367,7 +369,7 @@ def summarize(by_token, token_source, counts: TokenCounts):
     return {
         "ratio_mean": total(policy, ratio) / counts.policy,
         # Before the first update of a step this is the sampler against the trainer.
-        "log_ratio_max": jnp.max(jnp.where(policy, jnp.abs(log_ratio), 0.0)),
+        "log_ratio_max": jnp.max(jnp.where(policy, by_token["gap"], 0.0)),
         "clip_fraction": total(policy, by_token["cut"]) / counts.policy,
         "approx_kl": total(policy, ratio - 1.0 - log_ratio) / counts.policy,
         "teacher_prob_mean": total(teacher, by_token["prob"]) / counts.teacher,

@@ -44,7 +44,13 @@ from scope_jax.programs import (
     update_programs,
 )
 from scope_jax.records import InputError
-from scope_jax.roles import check_options, compute_dtype, group_slots, trained_config
+from scope_jax.roles import (
+    check_options,
+    compute_dtype,
+    group_slots,
+    reads_scores,
+    trained_config,
+)
 from scope_jax.sharding import DECODING, make_meshes
 from scope_jax.update import groups_stay_whole, make_optimizer, state_shapes
 
@@ -125,7 +131,7 @@ def read_models(config: ConfigDict, mesh, decode_mesh) -> Models:
     if config.loss.kl_coef:
         resident["reference"] = on_device(params)
     dtype, prm, prm_params, teacher = compute_dtype(config), None, None, None
-    if config.correct.n_correct and config.locate.locator == "prm":
+    if reads_scores(config) and config.locate.locator != "oracle":
         read = read_model(config.prm.path) if config.prm.path else shape
         head = "mlp2_at_token" if config.prm.path else "linear2_at_sep"
         prm = PRM(Transformer(dataclasses.replace(read, dtype=dtype)), head)

@@ -244,13 +244,20 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
         lines.append(
             f"locator {config.locate.locator}, tau {config.locate.tau}; teacher: {teacher}"
         )
-        if config.locate.locator == "prm":
-            untrained = (
-                "a RANDOM head on the policy's backbone: its scores mean nothing; "
-                "set prm.path to a trained PRM"
-            )
-            lines.append(f"PRM: {config.prm.path or untrained}")
+    if reads_scores(config) and config.locate.locator != "oracle":
+        untrained = (
+            "a RANDOM head on the policy's backbone: its scores mean nothing; "
+            "set prm.path to a trained PRM"
+        )
+        lines.append(f"PRM: {config.prm.path or untrained}")
     return "\n".join(lines)
+
+
+def reads_scores(config: ConfigDict) -> bool:
+    """Returns whether a run needs scores of its steps, by a PRM or, with "oracle", the checker."""
+    locates = config.locate.locator in ("prm", "oracle", "random_correct")
+    locates |= config.select.select == "wrong_or_low_prm" or config.correct.accept == "prm_ok"
+    return config.returns.kind != "outcome" or (config.correct.n_correct != 0 and locates)
 
 
 def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
@@ -259,14 +266,11 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     Without `prm.path` the PRM is a random head on a copy of the policy: good for a smoke test, and
     said so.
     """
-    dense, repairs = config.returns.kind != "outcome", config.correct.n_correct != 0
-    if config.locate.locator == "oracle" and (repairs or dense):
+    if not reads_scores(config):
+        return None
+    if config.locate.locator == "oracle":
         decode = functools.partial(decode_steps, policy.tokenizer)
         return oracle_scorer(policy.check_steps, decode, seed=config.seed, **config.oracle)
-    locates = config.locate.locator in ("prm", "random_correct")
-    locates |= config.select.select == "wrong_or_low_prm" or config.correct.accept == "prm_ok"
-    if not (dense or (repairs and locates)):
-        return None
     options = config.prm
     if options.path:
         tokenizer, _ = load_tokenizer(options.path)

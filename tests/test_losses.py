@@ -133,8 +133,12 @@ def test_sequence_ratio_is_gspos(seed):
     old_logps = logps + (old_logps - logps) * 0.1  # within the clip, on both sides and beyond
     options = {"clip_low": 0.03, "clip_high": 0.05}
     batch = (old_logps, advantages[:, 0], source)
-    (loss, _), grad = value_and_grad(logps, *batch, ratio="sequence", loss_agg=SEQ_MEAN, **options)
+    (loss, info), grad = value_and_grad(
+        logps, *batch, ratio="sequence", loss_agg=SEQ_MEAN, **options
+    )
     np.testing.assert_allclose(loss, slow_gspo(logps, *batch, *options.values()), rtol=1e-5)
+    gap = np.abs(logps - old_logps)[source == POLICY].max()  # of tokens: what a sampler's error is
+    np.testing.assert_allclose(info["log_ratio_max"], gap, rtol=1e-6)
     wide, step = logps.astype(np.float64), 1e-5
     for i, t in itertools.product(range(B), range(T)):
         sides = []

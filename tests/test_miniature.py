@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from scope_jax.tasks import worksheet
+
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "miniature"
 
@@ -85,7 +87,7 @@ def test_holm_by_hand(part):
 
 def test_errors_count_in_no_column_of_diversity(part):
     final = part("final")
-    key = final.order_key("scope_jax.tasks.worksheet")
+    key = worksheet.valid_order
     lines = "c5*2=0\na3+9=2\nf8-4=4\nb2+2=4\nd2*3=6\n"
     other = "a3+9=2\nc5*2=0\nf8-4=4\nb2+2=4\nd2*3=6\n"
     wrong = [lines.replace("=0", f"={x}") for x in range(1, 9)]

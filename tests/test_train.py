@@ -21,6 +21,7 @@ from scope_jax.methods import METHODS
 from scope_jax.models.hf import load_hf, save_hf
 from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import PRM, save_prm
+from scope_jax.roles import describe, load_policy
 from scope_jax.train import main, train
 
 WORKSHEET = "worksheet:n=3,runlocal"
@@ -405,6 +406,14 @@ def test_a_random_prm_head_says_so(tmp_path, language_model, capsys):
     arguments = ["--config", "gsm8k_smollm2:runlocal", "--workdir", str(tmp_path / "run")]
     assert main([*arguments, *gsm8k_options(language_model)]) == 0
     assert "RANDOM head" in capsys.readouterr().out
+
+
+def test_a_prm_that_is_only_a_reward_is_named_too():
+    config = load_config(WORKSHEET, ["--config.method=vppo", "--config.prm.path="])
+    policy, params = load_policy(config)
+    assert "RANDOM head" in describe(config, policy, params, 0)
+    plain = load_config(WORKSHEET, ["--config.method=dr_grpo"])
+    assert "PRM" not in describe(plain, policy, params, 0)
 
 
 def test_a_users_own_task_reward_and_config(tmp_path, monkeypatch):

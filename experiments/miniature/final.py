@@ -35,21 +35,11 @@ from scope_jax.diversity import (
     pass_at_k,
     textual_diversity,
 )
-from scope_jax.evaluate import sample_completions
+from scope_jax.evaluate import decode_groups, sample_completions
 from scope_jax.roles import load_policy
 from scope_jax.sampling import decoding_layout
 
 EVALUATION_KEY = 20260224  # of every run, whatever its seed
-
-
-def order_key(task_module: str):
-    """Returns the task's valid_order(gold, completion) -> str.
-
-    Without one it is the completion less its blank lines: right for a task whose correct solutions
-    can differ in nothing but the order of their lines.
-    """
-    found = getattr(importlib.import_module(task_module), "valid_order", None)
-    return found or (lambda gold, text: "\n".join(filter(str.strip, text.split("\n"))))  # noqa: ARG005
 
 
 def problem_columns(gold: str, texts: list[str], solved: list[bool], valid_order, among: int):
@@ -102,14 +92,15 @@ def evaluate(config, workdir: pathlib.Path | None, sizes: dict[str, int]) -> dic
         source = policy.problems(split)
         records = [source[i] for i in range(count)]
         more = {"group_size": group_size, "temperature": temperature, **options}
-        rewards, texts = sample_completions(policy, params, records, key, **more)
+        rewards, completions = sample_completions(policy, params, records, key, **more)
+        texts = decode_groups(policy.tokenizer, completions, group_size)
         return records, texts, rewards >= config.reward.solved_at
 
     count, samples = sizes["problems"], sizes["samples"]
     records, texts, solved = sample("test", count, samples, 1.0)
     *_, greedy = sample("test", count, 1, 0.0)
     *_, ood = sample("ood", sizes["ood_problems"], sizes["ood_samples"], 1.0)
-    valid_order = order_key(config.task.module)
+    valid_order = importlib.import_module(config.task.module).valid_order
     problems = [
         problem_columns(record["gold"], group, right.tolist(), valid_order, sizes["among"])
         for record, group, right in zip(records, texts, solved, strict=True)
