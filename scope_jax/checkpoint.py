@@ -289,7 +289,9 @@ def bit_sums(tree, prefix: str = "") -> dict[str, list]:
       prefix: of the names.
     """
     named = jax.tree_util.tree_leaves_with_path(tree)
-    sums = fetch([_bit_sum(x) for _, x in named])
+    # One at a time: programs that wait for all devices and not for each other can take all threads
+    # of a CPU's virtual devices, each with half of its partners, and XLA ends the process.
+    sums = [fetch(_bit_sum(x)) for _, x in named]
     names = [prefix + jax.tree_util.keystr(path) for path, _ in named]
     dtypes = [str(x.dtype) for _, x in named]
     return {name: [d, int(x)] for name, d, x in zip(names, dtypes, sums, strict=True)}
