@@ -67,16 +67,21 @@ def load_config(spec: str, overrides: list[str]) -> ConfigDict:
 
     Args:
       spec: a config file, or the name of one that the package ships ("worksheet"), with an optional
-        ":arg".
+        ":arg" for its `get_config`. A method's name in it ("worksheet:n=6,scope_plus") is not
+        handed on: it sets `config.method`.
       overrides: command-line arguments.
     Raises:
-      InputError: no such file, an unknown key or method, a value of another type.
+      InputError: no such file, an unknown key, no or two methods, a value of another type.
     """
     path, _, arg = spec.partition(":")
+    parts = [part.strip() for part in arg.split(",")]
+    methods = [part for part in parts if part in METHODS]
+    if len(methods) > 1:
+        raise InputError(f"--config {spec} names {len(methods)} methods: {', '.join(methods)}")
     module = _load_module(path)
-    config = module.get_config(arg)
+    config = module.get_config(",".join(part for part in parts if part not in METHODS))
     parsed = dict(_split_override(text) for text in overrides)
-    method = parsed.get("method", config.method)
+    method = config.method = parsed.get("method", methods[-1] if methods else config.method)
     if method not in METHODS:
         raise InputError(f"method {method!r} is not known; one of {', '.join(METHODS)}")
     for key, value in METHODS[method].items():

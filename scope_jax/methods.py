@@ -213,6 +213,14 @@ WHOLE_TRACE = {
 }
 METHODS = {
     "scope": {},
+    # Ours, from the miniature experiment (experiments/miniature): two repairs stand beside their
+    # group and in no baseline, and a teacher's tokens are learnt by their likelihood.
+    "scope_plus": {
+        "correct.n_correct": 2,
+        "correct.insert": "append",
+        "advantages.baseline": "on_policy",
+        "loss.off_policy": "sft",
+    },
     "scope_step": {"correct.scope": "step"},
     # SCOPE's ablations: another cut; "zero" replaces a wrong rollout by a whole trace.
     "scope_random": {"locate.locator": "random"},

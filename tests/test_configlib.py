@@ -34,7 +34,7 @@ def test_an_unknown_key_names_the_closest_one():
         ("--config.optimizer=3", "is a group"),
         ("--config.seed.deeper=3", "has no 'deeper'"),
         ("--seed=3", "not understood"),
-        ("--config.method=scop", "one of scope, scope_step"),
+        ("--config.method=scop", "one of scope, scope_plus, scope_step"),
         ("--config.seed=__import__('os')", "is not a int"),
     ],
 )
@@ -56,6 +56,16 @@ def test_the_command_line_wins_over_the_method_and_the_method_over_the_file():
     assert luffy.locate.locator == "zero" and luffy.loss.clip_low is None
     both = load_config("worksheet", ["--config.locate.locator=oracle", "--config.method=luffy"])
     assert both.locate.locator == "oracle"
+
+
+def test_a_method_may_be_named_behind_the_config():
+    config = load_config("worksheet:n=6,scope_plus", [])
+    assert (config.method, config.task.n) == ("scope_plus", 6)
+    same = load_config("worksheet:n=6", ["--config.method=scope_plus"])
+    assert config.to_dict() == same.to_dict()
+    assert load_config("worksheet:dapo", ["--config.method=gspo"]).method == "gspo"
+    with pytest.raises(InputError, match="names 2 methods: dapo, gspo"):
+        load_config("worksheet:dapo,gspo", [])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -253,11 +253,11 @@ def make_up(cells, grid, out: pathlib.Path, plan) -> None:
 def test_tables_of_made_up_runs(part, tmp_path):
     cells, grid, tables = part("cells"), part("grid"), part("tables")
     make_up(cells, grid, tmp_path / "out", cells.FULL)
-    results = tables.load_runs(tmp_path / "out")
+    results = tables.load_runs(tmp_path / "out", cells.FULL.steps)
     assert list(results) == [("ledger", 6)] + [("worksheet", n) for n in (4, 5, 6, 7)]
     scope, rival = (results["worksheet", 5][arm] for arm in ("scope", "dr_grpo"))
     found = tables.differences(scope, rival, "pass@1")
-    assert len(found) == 20
+    assert len(found) == 12
     pair = ("1", 0)
     by_hand = scope[pair]["columns"]["pass@1"] - rival[pair]["columns"]["pass@1"]
     assert found[pair] == close(by_hand)
@@ -269,7 +269,7 @@ def test_tables_of_made_up_runs(part, tmp_path):
     found = tables.differences(scope, rival, "distinct")
     assert found[pair] == close(np.mean(both)) and 0 < len(both) < 64
     text = tables.report(tmp_path / "out", cells.FULL)
-    assert "| scope > dr_grpo | pass@1 | 20 |" in text and "exit 2: a/b" in text
+    assert "| scope > dr_grpo | pass@1 | 12 |" in text and "exit 2: a/b" in text
     assert "| x |" in text and "## Pilot" in text
 
 

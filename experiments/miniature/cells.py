@@ -56,22 +56,47 @@ ARMS = {
     "sft_suffix": Arm("scope", overrides=("loss.off_policy=sft",), rate_of="scope"),
     "no_prefix": Arm("scope", overrides=("credit.prefix_in_loss=False",), rate_of="scope"),
     "on_policy_mean": Arm("scope", overrides=("advantages.baseline=on_policy",), rate_of="scope"),
+    # and of scope_plus, at its rate
+    "plus_one": Arm("scope_plus", overrides=("correct.n_correct=1",), rate_of="scope_plus"),
+    "plus_shaped": Arm("scope_plus", overrides=("loss.off_policy=shaped",), rate_of="scope_plus"),
+    "plus_returns": Arm(
+        "scope_plus", overrides=("returns.kind=prm_returns",), rate_of="scope_plus"
+    ),
+    "plus_all_wrong": Arm(
+        "scope_plus", overrides=("select.trigger=all_wrong",), rate_of="scope_plus"
+    ),
+    "plus_random_correct": Arm(
+        "scope_plus", overrides=("locate.locator=random_correct",), rate_of="scope_plus"
+    ),
+    "plus_zero": Arm(
+        "scope_plus",
+        overrides=("locate.locator=zero", "select.min_prefix_steps=0"),
+        rate_of="scope_plus",
+    ),
     # other teachers, each with the rate of its method
     "scope_verbose": Arm("scope", "verbose", rate_of="scope"),
     "luffy_verbose": Arm("luffy", "verbose", rate_of="luffy"),
     "rl_sft_verbose": Arm("rl_sft", "verbose", rate_of="rl_sft"),
+    "scope_plus_verbose": Arm("scope_plus", "verbose", rate_of="scope_plus"),
     "scope_imperfect": Arm("scope", "imperfect", rate_of="scope"),
     "luffy_imperfect": Arm("luffy", "imperfect", rate_of="luffy"),
     "rl_sft_imperfect": Arm("rl_sft", "imperfect", rate_of="rl_sft"),
+    "scope_plus_imperfect": Arm("scope_plus", "imperfect", rate_of="scope_plus"),
 }
 METHODS = ("dr_grpo", "grpo", "dapo", "gspo", "prm_blend", "prm_returns", "vppo", "luffy", "rl_sft",
-           "sft", "scope", "scope_step", "scope_plus", "scope_random", "scope_random_correct",
-           "scope_zero", "scope_oracle")  # fmt: skip
+           "sft", "scope", "scope_step", "scope_plus", "plus_one", "scope_random",
+           "scope_random_correct", "scope_zero", "scope_oracle")  # fmt: skip
 ABLATIONS = ("tau_0.3", "tau_0.8", "append", "two_repairs", "any_accepted", "linear", "sft_suffix",
-             "no_prefix", "on_policy_mean")  # fmt: skip
-OTHER_TEACHERS = ("scope_verbose", "luffy_verbose", "rl_sft_verbose", "scope_imperfect",
-                  "luffy_imperfect", "rl_sft_imperfect")  # fmt: skip
-REFERENCES = ("dr_grpo", "scope")  # every arm is tested against these, on the same (base, seed)
+             "no_prefix", "on_policy_mean", "plus_shaped", "plus_returns",
+             "plus_all_wrong", "plus_random_correct", "plus_zero")  # fmt: skip
+OTHER_TEACHERS = ("scope_verbose", "luffy_verbose", "rl_sft_verbose", "scope_plus_verbose",
+                  "scope_imperfect", "luffy_imperfect", "rl_sft_imperfect",
+                  "scope_plus_imperfect")  # fmt: skip
+REFERENCES = (
+    "dr_grpo",
+    "scope",
+    "scope_plus",
+)  # every arm is tested against these, on the same (base, seed)
 # The claims: (better, than, column), in every (task, n) of the block "headline".
 PRIMARY = (
     ("scope", "dr_grpo", "pass@1"),
@@ -79,6 +104,12 @@ PRIMARY = (
     ("scope", "scope_random_correct", "pass@1"),
     ("scope", "dr_grpo", "distinct"),
     ("scope", "dr_grpo", "ood_pass@1"),
+    ("plus_one", "scope", "pass@1"),
+    ("plus_one", "scope", "ood_pass@1"),
+    ("scope_plus", "rl_sft", "pass@1"),
+    ("scope_plus", "rl_sft", "ood_pass@1"),
+    ("scope_plus", "dapo", "pass@1"),
+    ("scope_plus", "dr_grpo", "distinct"),
 )
 
 
@@ -91,6 +122,7 @@ class Block(NamedTuple):
     bases: tuple[str, ...]  # seeds of the base models, made by scope_jax.pretrain
     seeds: tuple[int, ...]  # of the RL run
     arms: tuple[str, ...]
+    steps: int = 0  # of training; 0 = the plan's
 
 
 class Plan(NamedTuple):
@@ -108,28 +140,30 @@ class Plan(NamedTuple):
     final: dict[str, int]
 
 
-BASES = tuple(map(str, range(1, 11)))
-SECOND_TASK = ("dr_grpo", "prm_blend", "luffy", "rl_sft", "scope", "scope_plus", "scope_random",
-               "scope_random_correct", "scope_zero")  # fmt: skip
+BASES = tuple(map(str, range(1, 7)))
+SECOND_TASK = ("dr_grpo", "dapo", "prm_returns", "luffy", "rl_sft", "scope", "scope_plus",
+               "plus_one", "scope_random_correct", "scope_zero")  # fmt: skip
+HARDER = ("base", "dr_grpo", "luffy", "rl_sft", "scope", "scope_plus", "scope_random_correct")
+LONGER = ("dr_grpo", "dapo", "luffy", "rl_sft", "scope", "scope_plus")
 EACH_RUN = (
-    "eval.split=valid", "eval.ood=False", "eval.group_size=4", "eval.every=15",
-    "checkpoint.every=1000", "log.rollouts_every=60", "log.diversity_every=20",
+    "eval.split=valid", "eval.ood=False", "eval.group_size=4", "eval.every=10",
+    "checkpoint.every=1000", "log.rollouts_every=60", "log.diversity_every=10",
 )  # fmt: skip
 FULL = Plan(
     blocks=(  # in the order in which they run
         Block("headline", "worksheet", (5, 6), BASES, (0,), ("base", *METHODS)),
-        Block("headline", "ledger", (6,), BASES[:5], (0, 1), ("base", *SECOND_TASK)),
-        Block("ablations", "worksheet", (5,), BASES[:8], (0,), ABLATIONS),
-        Block("teachers", "worksheet", (5,), BASES[:8], (0,), OTHER_TEACHERS),
-        Block("difficulty", "worksheet", (4, 7), BASES[:8], (0,), ("base", "dr_grpo", "luffy",
-              "scope", "scope_random_correct")),
+        Block("headline", "ledger", (6,), BASES, (0, 1), ("base", *SECOND_TASK)),
+        Block("ablations", "worksheet", (5,), BASES, (0,), ABLATIONS),
+        Block("teachers", "worksheet", (5,), BASES, (0,), OTHER_TEACHERS),
+        Block("difficulty", "worksheet", (4, 7), BASES, (0,), HARDER),
+        Block("longer", "worksheet", (5,), BASES, (0,), LONGER, steps=60),
         Block("headline", "worksheet", (5, 6), BASES, (1,), METHODS),
     ),
-    rates=(1e-4, 2e-4, 4e-4, 8e-4),
+    rates=(4e-4, 8e-4, 1.6e-3, 3.2e-3),
     pilot_sizes={"worksheet": 5, "ledger": 6},
     pilot_base="100",
     pilot_seeds=(100, 101),
-    steps=60,
+    steps=30,
     shared=EACH_RUN,
     final={"problems": 256, "samples": 16, "ood_problems": 256, "ood_samples": 4, "among": 4},
 )  # fmt: skip
@@ -151,6 +185,7 @@ SMOKE = Plan(
 class Cell(NamedTuple):
     task: str
     n: int
+    steps: int
     base: str
     seed: int
     arm: str
@@ -160,7 +195,7 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """Its id in cells.jsonl, and its folder's name."""
         rate = "" if self.rate is None else f"-r{self.rate:g}"
-        return f"{self.task}-n{self.n}-b{self.base}-s{self.seed}-{self.arm}{rate}"
+        return f"{self.task}-n{self.n}-t{self.steps}-b{self.base}-s{self.seed}-{self.arm}{rate}"
 
 
 def grid_cells(plan: Plan) -> list[Cell]:
@@ -174,7 +209,9 @@ def grid_cells(plan: Plan) -> list[Cell]:
                 for n in block.sizes:
                     for arm in block.arms:
                         # the base policy is the same for every RL seed
-                        cell = Cell(block.task, n, base, seed if arm != "base" else 0, arm)
+                        seed_of = seed if arm != "base" else 0
+                        steps = block.steps or plan.steps
+                        cell = Cell(block.task, n, steps, base, seed_of, arm)
                         cells[cell.name] = cell
     return list(cells.values())
 
@@ -191,20 +228,21 @@ def tuned_as(cell: Cell) -> str:
     return ARMS[cell.arm].rate_of or cell.arm
 
 
-def tuned_arms(plan: Plan, task: str) -> list[str]:
-    """Returns the arms of a task that have a pilot."""
-    arms = [arm for block in plan.blocks if block.task == task for arm in block.arms]
-    arms = [ARMS[arm].rate_of or arm for arm in dict.fromkeys(arms) if ARMS[arm].method]
-    return list(dict.fromkeys(arms))
+def tuned_arms(plan: Plan) -> dict[tuple[str, int], list[str]]:
+    """Returns (task, steps) -> the arms that have a pilot of their own there."""
+    found: dict[tuple[str, int], dict[str, None]] = {}
+    for block in plan.blocks:
+        arms = [ARMS[arm].rate_of or arm for arm in block.arms if ARMS[arm].method]
+        found.setdefault((block.task, block.steps or plan.steps), {}).update(dict.fromkeys(arms))
+    return {setting: list(arms) for setting, arms in found.items()}
 
 
 def pilot_cells(plan: Plan) -> list[Cell]:
-    tasks = dict.fromkeys(block.task for block in plan.blocks)
     return [
-        Cell(task, plan.pilot_sizes[task], plan.pilot_base, seed, arm, rate)
-        for task in tasks
+        Cell(task, plan.pilot_sizes[task], steps, plan.pilot_base, seed, arm, rate)
+        for (task, steps), arms in tuned_arms(plan).items()
         for seed in plan.pilot_seeds
-        for arm in tuned_arms(plan, task)
+        for arm in arms
         for rate in plan.rates
     ]
 
@@ -236,7 +274,7 @@ def options(cell: Cell, plan: Plan, models: pathlib.Path, rate: float | None) ->
     # A verbose teacher needs longer completions: the config knows how long.
     teacher = f",teacher={arm.teacher}" if arm.teacher != "own" else ""
     overrides = [
-        f"total_steps={plan.steps}", f"seed={cell.seed}", f"model.path={models / 'policy'}",
+        f"total_steps={cell.steps}", f"seed={cell.seed}", f"model.path={models / 'policy'}",
         f"prm.path={models / 'prm'}", f"teacher.path={models / TEACHERS[arm.teacher]}",
     ]  # fmt: skip
     overrides += [f"method={arm.method}", f"optimizer.learning_rate={rate}"] if arm.method else []
@@ -251,22 +289,23 @@ def options(cell: Cell, plan: Plan, models: pathlib.Path, rate: float | None) ->
 def grid_table(plan: Plan = FULL) -> str:
     """Returns the blocks as a Markdown table."""
     lines = [
-        "| block | task | n | bases | RL seeds | arms | runs |",
-        "|---|---|---|---|---|---|---|",
+        "| block | task | n | steps | bases | RL seeds | arms | runs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for block in plan.blocks:
-        shown = (map(str, values) for values in (block.sizes, block.bases, block.seeds))
+        n, bases, seeds = (
+            ", ".join(map(str, values)) for values in (block.sizes, block.bases, block.seeds)
+        )
         arms = [arm for arm in block.arms if arm != "base"]
         runs = len(block.sizes) * len(block.bases) * len(block.seeds) * len(arms)
-        columns = (block.name, block.task, *map(", ".join, shown), ", ".join(arms), str(runs))
-        lines.append(f"| {' | '.join(columns)} |")
+        columns = (n, block.steps or plan.steps, bases, seeds, ", ".join(arms), runs)
+        lines.append(f"| {block.name} | {block.task} | {' | '.join(map(str, columns))} |")
     seeds, rates = ", ".join(map(str, plan.pilot_seeds)), ", ".join(f"{r:g}" for r in plan.rates)
-    for task, n in plan.pilot_sizes.items():
-        runs = sum(cell.task == task for cell in pilot_cells(plan))
-        lines.append(
-            f"| pilot | {task} | {n} | {plan.pilot_base} | {seeds} | each arm with a rate of its "
-            f"own, at {rates} | {runs} |"
-        )
+    for (task, steps), arms in tuned_arms(plan).items():
+        columns = (plan.pilot_sizes[task], steps, plan.pilot_base, seeds)
+        columns += (f"{', '.join(arms)}, at {rates}",)
+        columns += (len(arms) * len(plan.pilot_seeds) * len(plan.rates),)
+        lines.append(f"| pilot | {task} | {' | '.join(map(str, columns))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -257,14 +257,16 @@ def of_training(workdir: pathlib.Path) -> dict:
     return {"spent": spent, "curve": curve}
 
 
-def pilot_rates(plan: Plan, out: pathlib.Path) -> dict[tuple[str, str], float | None]:
-    """Returns (task, arm) -> the learning rate that the pilot chose, None where it is not ended."""
+def pilot_rates(plan: Plan, out: pathlib.Path) -> dict[tuple[str, int, str], float | None]:
+    """Returns (task, steps, arm) -> the learning rate that the pilot chose, None where it has not
+    ended.
+    """
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for cell in pilot_cells(plan):
-        _ = found[cell.task, cell.arm][cell.rate]  # also a rate that nothing was measured at
+        _ = found[cell.task, cell.steps, cell.arm][cell.rate]  # also one not measured at
     for row in read_lines(out / "pilot.jsonl"):
         reached = row["curve"]["valid_pass@1"][-1][1] if row["status"] == "done" else 0.0
-        found[row["task"], row["arm"]][row["rate"]].append(reached)
+        found[row["task"], row["steps"], row["arm"]][row["rate"]].append(reached)
     seeds = len(plan.pilot_seeds)
     return {arm: choose_rate(accuracies, seeds) for arm, accuracies in found.items()}
 
@@ -315,8 +317,8 @@ def main() -> int:
 
     fits = lambda cell: fnmatch.fnmatch(cell.name, args.only)  # noqa: E731
     chosen = [cell for cell in grid_cells(plan) if fits(cell)]
-    tuned = {(cell.task, tuned_as(cell)) for cell in chosen}
-    pilot = [c for c in pilot_cells(plan) if (c.task, c.arm) in tuned or fits(c)]
+    tuned = {(cell.task, cell.steps, tuned_as(cell)) for cell in chosen}
+    pilot = [c for c in pilot_cells(plan) if (c.task, c.steps, c.arm) in tuned or fits(c)]
     pilot, grid = mine(pilot, "pilot.jsonl"), mine(chosen, "cells.jsonl")
     needed = dict.fromkeys((c.task, c.base) for c in pilot + grid if c.base != SHIPPED)
     left = to_do(["-".join(base) for base in needed], args.out / "bases.jsonl", args.retry)
@@ -332,12 +334,12 @@ def main() -> int:
         pilot, cores, deadline,
     )  # fmt: skip
     rates = pilot_rates(plan, args.out)
-    rate_of = lambda cell: rates.get((cell.task, tuned_as(cell)))  # noqa: E731
+    rate_of = lambda cell: rates.get((cell.task, cell.steps, tuned_as(cell)))  # noqa: E731
     ready = [c for c in grid if not ARMS[c.arm].method or rate_of(c) is not None]
     for arm in sorted({c.arm for c in grid} - {c.arm for c in ready}):
         print(f"{arm}: the pilot of its learning rate is not complete", flush=True)
     for row in read_lines(args.out / "cells.jsonl"):
-        now = rates.get((row["task"], ARMS[row["arm"]].rate_of or row["arm"]))
+        now = rates.get((row["task"], row["steps"], ARMS[row["arm"]].rate_of or row["arm"]))
         if row["status"] == "done" and row["rate"] not in (None, now):
             print(
                 f"error: {row['name']} ran at {row['rate']}, the pilot says {now}: another --out?"

@@ -45,10 +45,13 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # heading, nam
 )
 
 
-def load_runs(out: pathlib.Path) -> dict[tuple[str, int], Runs]:
-    """Returns the finished cells by (task, n), arms in the order of ARMS."""
+def load_runs(out: pathlib.Path, steps: int) -> dict[tuple[str, int], Runs]:
+    """Returns the finished cells of so many training steps by (task, n), arms in the order of
+    ARMS.
+    """
     found: dict[tuple[str, int], Runs] = {}
     rows = [row for row in read_lines(out / "cells.jsonl") if row["status"] == "done"]
+    rows = [row for row in rows if row["steps"] == steps]
     for row in sorted(rows, key=lambda row: (row["task"], row["n"], list(ARMS).index(row["arm"]))):
         runs = found.setdefault((row["task"], row["n"]), {}).setdefault(row["arm"], {})
         runs[row["base"], row["seed"]] = row
@@ -182,30 +185,34 @@ def pilot_table(out: pathlib.Path, plan: Plan) -> str:
     found: dict[Any, list[float]] = {}
     for row in read_lines(out / "pilot.jsonl"):
         reached = row["curve"]["valid_pass@1"][-1][1] if row["status"] == "done" else 0.0
-        found.setdefault((row["task"], row["arm"], row["rate"]), []).append(reached)
+        key = (row["task"], row["steps"], row["arm"], row["rate"])
+        found.setdefault(key, []).append(reached)
     rates, rows = pilot_rates(plan, out), []
-    for task in dict.fromkeys(block.task for block in plan.blocks):
-        for arm in tuned_arms(plan, task):
-            chosen, row = rates.get((task, arm)), [task, arm]
+    for (task, steps), arms in tuned_arms(plan).items():
+        for arm in arms:
+            chosen, row = rates.get((task, steps, arm)), [task, str(steps), arm]
             for rate in plan.rates:
-                reached = found.get((task, arm, rate))
+                reached = found.get((task, steps, arm, rate))
                 text = "-" if reached is None else f"{np.mean(reached):.3f}"
                 row.append(f"**{text}**" if rate == chosen else text)
             edge = len(plan.rates) > 1 and chosen in (plan.rates[0], plan.rates[-1])
             rows.append([*row, "edge of the grid" if edge else ""])
-    return table(["task", "arm", *(f"{rate:g}" for rate in plan.rates), ""], rows)
+    return table(["task", "steps", "arm", *(f"{rate:g}" for rate in plan.rates), ""], rows)
 
 
 def report(out: pathlib.Path, plan: Plan) -> str:
     """Returns the whole of tables.md."""
-    results, among = load_runs(out), plan.final["among"]
+    results, among = load_runs(out, plan.steps), plan.final["among"]
     parts = ["# Results\n", "## Primary comparisons\n", primary_table(results, plan)]
     parts += ["RL seed 0 alone, one pair a base:\n", primary_table(results, plan, (0,))]
-    for (task, n), arms in results.items():
-        parts += [f"## {task}, n = {n}\n", results_table(arms, among)]
-        for reference in REFERENCES:
-            if reference in arms:
-                parts += [f"Against {reference}:\n", paired_table(arms, reference)]
+    for steps in dict.fromkeys(
+        [plan.steps, *(block.steps for block in plan.blocks if block.steps)]
+    ):
+        for (task, n), arms in load_runs(out, steps).items():
+            parts += [f"## {task}, n = {n}, {steps} steps\n", results_table(arms, among)]
+            for reference in REFERENCES:
+                if reference in arms:
+                    parts += [f"Against {reference}:\n", paired_table(arms, reference)]
     parts += ["## Pilot: valid pass@1 by learning rate\n", pilot_table(out, plan)]
     failed = [row for row in read_lines(out / "cells.jsonl") if row["status"] == "failed"]
     if failed:
@@ -219,7 +226,8 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="grid.py's")
     parser.add_argument("--smoke", action="store_true", help="it was a --smoke grid")
     args = parser.parse_args()
-    plan, results = SMOKE if args.smoke else FULL, load_runs(args.out)
+    plan = SMOKE if args.smoke else FULL
+    results = load_runs(args.out, plan.steps)
     if not results:
         print(f"error: {args.out / 'cells.jsonl'} has no finished cell", file=sys.stderr)
         return 2
