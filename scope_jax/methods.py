@@ -213,10 +213,10 @@ WHOLE_TRACE = {
 }
 METHODS = {
     "scope": {},
-    # Ours, from the miniature experiment (experiments/miniature): two repairs stand beside their
+    # Ours, from the miniature experiment (experiments/miniature): three repairs stand beside their
     # group and in no baseline, and a teacher's tokens are learnt by their likelihood.
     "scope_plus": {
-        "correct.n_correct": 2,
+        "correct.n_correct": 3,
         "correct.insert": "append",
         "advantages.baseline": "on_policy",
         "loss.off_policy": "sft",

@@ -50,7 +50,7 @@ ARMS = {
     "tau_0.3": Arm("scope", overrides=("locate.tau=0.3",), rate_of="scope"),
     "tau_0.8": Arm("scope", overrides=("locate.tau=0.8",), rate_of="scope"),
     "append": Arm("scope", overrides=("correct.insert=append",), rate_of="scope"),
-    "two_repairs": Arm("scope", overrides=("correct.n_correct=2",), rate_of="scope"),
+    "three_repairs": Arm("scope", overrides=("correct.n_correct=3",), rate_of="scope"),
     "any_accepted": Arm("scope", overrides=("correct.accept=any",), rate_of="scope"),
     "linear": Arm("scope", overrides=("loss.off_policy=linear",), rate_of="scope"),
     "sft_suffix": Arm("scope", overrides=("loss.off_policy=sft",), rate_of="scope"),
@@ -86,7 +86,7 @@ ARMS = {
 METHODS = ("dr_grpo", "grpo", "dapo", "gspo", "prm_blend", "prm_returns", "vppo", "luffy", "rl_sft",
            "sft", "scope", "scope_step", "scope_plus", "plus_one", "scope_random",
            "scope_random_correct", "scope_zero", "scope_oracle")  # fmt: skip
-ABLATIONS = ("tau_0.3", "tau_0.8", "append", "two_repairs", "any_accepted", "linear", "sft_suffix",
+ABLATIONS = ("tau_0.3", "tau_0.8", "append", "three_repairs", "any_accepted", "linear", "sft_suffix",
              "no_prefix", "on_policy_mean", "plus_shaped", "plus_returns",
              "plus_all_wrong", "plus_random_correct", "plus_zero")  # fmt: skip
 OTHER_TEACHERS = ("scope_verbose", "luffy_verbose", "rl_sft_verbose", "scope_plus_verbose",
