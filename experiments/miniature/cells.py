@@ -144,6 +144,7 @@ BASES = tuple(map(str, range(1, 7)))
 SECOND_TASK = ("dr_grpo", "dapo", "prm_returns", "luffy", "rl_sft", "scope", "scope_plus",
                "plus_one", "scope_random_correct", "scope_zero")  # fmt: skip
 HARDER = ("base", "dr_grpo", "luffy", "rl_sft", "scope", "scope_plus", "scope_random_correct")
+COMPARED = tuple(arm for arm in METHODS if any(arm in claim[:2] for claim in PRIMARY))
 LONGER = ("dr_grpo", "dapo", "luffy", "rl_sft", "scope", "scope_plus")
 EACH_RUN = (
     "eval.split=valid", "eval.ood=False", "eval.group_size=4", "eval.every=10",
@@ -157,7 +158,7 @@ FULL = Plan(
         Block("teachers", "worksheet", (5,), BASES, (0,), OTHER_TEACHERS),
         Block("difficulty", "worksheet", (4, 7), BASES, (0,), HARDER),
         Block("longer", "worksheet", (5,), BASES, (0,), LONGER, steps=60),
-        Block("headline", "worksheet", (5, 6), BASES, (1,), METHODS),
+        Block("headline", "worksheet", (5, 6), BASES, (1,), COMPARED),
     ),
     rates=(4e-4, 8e-4, 1.6e-3, 3.2e-3),
     pilot_sizes={"worksheet": 5, "ledger": 6},
