@@ -86,8 +86,8 @@ ARMS = {
 METHODS = ("dr_grpo", "grpo", "dapo", "gspo", "prm_blend", "prm_returns", "vppo", "luffy", "rl_sft",
            "sft", "scope", "scope_step", "scope_plus", "plus_one", "scope_random",
            "scope_random_correct", "scope_zero", "scope_oracle")  # fmt: skip
-ABLATIONS = ("tau_0.3", "tau_0.8", "append", "three_repairs", "any_accepted", "linear", "sft_suffix",
-             "no_prefix", "on_policy_mean", "plus_shaped", "plus_returns",
+ABLATIONS = ("tau_0.3", "tau_0.8", "append", "three_repairs", "any_accepted", "linear",
+             "sft_suffix", "no_prefix", "on_policy_mean", "plus_shaped", "plus_returns",
              "plus_all_wrong", "plus_random_correct", "plus_zero")  # fmt: skip
 OTHER_TEACHERS = ("scope_verbose", "luffy_verbose", "rl_sft_verbose", "scope_plus_verbose",
                   "scope_imperfect", "luffy_imperfect", "rl_sft_imperfect",

@@ -16,14 +16,20 @@ from tables import Runs, differences, values
 SHOWN = {
     "base": "#7F7F7F", "dr_grpo": "#000000", "luffy": "#E69F00", "rl_sft": "#CC79A7",
     "scope_random_correct": "#56B4E9", "scope": "#D55E00", "scope_plus": "#009E73",
-    "prm_blend": "#0072B2",
+    "dapo": "#0072B2",
 }  # fmt: skip
 GREY = "#D5D5D5"
 Results = dict[tuple[str, int], Runs]
 
 
-def draw_all(results: Results, plan: Plan, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws all figures that the results have data for; returns the files."""
+def draw_all(
+    results: Results, longer: Results, plan: Plan, folder: pathlib.Path
+) -> list[pathlib.Path]:
+    """Draws all figures that the results have data for; returns the files.
+
+    Args:
+      longer: of runs with more steps than the plan's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     headline = [(b.task, n) for b in plan.blocks if b.name == "headline" for n in b.sizes]
     main = {key: results[key] for key in headline if key in results}
@@ -31,11 +37,12 @@ def draw_all(results: Results, plan: Plan, folder: pathlib.Path) -> list[pathlib
     files = [
         over_training(main, "valid_pass@1", "pass@1, valid split", folder / "accuracy"),
         over_training(main, "signal", "groups with signal", folder / "signal", smooth=5),
+        over_training(longer, "valid_pass@1", "pass@1, valid split", folder / "accuracy_longer"),
         diversity_against_accuracy(main, among, folder / "diversity"),
         pass_at_k(main, folder / "pass_at_k"),
         gain_against_difficulty(results, folder / "difficulty"),
-        changes(main, ABLATIONS, "scope", folder / "ablations"),
-        changes(main, OTHER_TEACHERS, "dr_grpo", folder / "teachers"),
+        changes(main, ABLATIONS, folder / "ablations"),
+        changes(main, OTHER_TEACHERS, folder / "teachers", "dr_grpo"),
     ]
     return [file for pair in files if pair for file in pair]
 
@@ -78,11 +85,13 @@ def legend(figure, axes) -> None:
 
 
 def over_training(results: Results, curve: str, label: str, file: pathlib.Path, smooth: int = 1):
-    """Draws a curve over the steps: mean and 95 % interval over the runs.
+    """Draws a curve over the steps: mean and 95 % interval over the runs; nothing without runs.
 
     Args:
       smooth: steps of a running mean.
     """
+    if not results:
+        return None
     figure, axes = panels(results)
     rows = []
     for axis, ((task, n), arms) in zip(axes, results.items(), strict=True):
@@ -202,11 +211,18 @@ def gain_against_difficulty(results: Results, file: pathlib.Path):
     return save(figure, file, ["arm", "difficulty", "task", "n", "gain", "half"], rows)
 
 
-def changes(results: Results, names: tuple[str, ...], reference: str, file: pathlib.Path):
-    """Draws bars of what arms change in pass@1 against a reference, on the same pairs."""
+def changes(
+    results: Results, names: tuple[str, ...], file: pathlib.Path, reference: str | None = None
+):
+    """Draws bars of what arms change in pass@1 against a reference, on the same pairs.
+
+    Args:
+      reference: an arm; None: of each arm the one that it has its learning rate from.
+    """
+    references = {name: reference or ARMS[name].rate_of for name in names}
     having = {
         key: arms for key, arms in results.items()
-        if reference in arms and any(name in arms for name in names)
+        if any(name in arms and references[name] in arms for name in names)
     }  # fmt: skip
     if not having:
         return None
@@ -216,7 +232,7 @@ def changes(results: Results, names: tuple[str, ...], reference: str, file: path
     for axis, ((task, n), arms) in zip(axes, having.items(), strict=True):
         axis.grid(axis="y", visible=False)
         for place, arm in enumerate(bars):
-            found = differences(arms.get(arm, {}), arms[reference], "pass@1")
+            found = differences(arms.get(arm, {}), arms.get(references[arm], {}), "pass@1")
             if not found:
                 continue
             mean = mean_interval([*found.values()])
@@ -225,10 +241,11 @@ def changes(results: Results, names: tuple[str, ...], reference: str, file: path
                 place, mean.value, xerr=mean.half or 0, height=0.62, alpha=0.85,
                 color=SHOWN.get(method, GREY), error_kw={"elinewidth": 1.0},
             )  # fmt: skip
-            rows.append([task, n, arm, mean.value, mean.half, mean.count])
+            rows.append([task, n, arm, references[arm], mean.value, mean.half, mean.count])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)
         axis.set_yticks(range(len(bars)), bars, fontsize=8)
         axis.set_ylim(len(bars) - 0.5, -0.5)  # the first one on top
-        axis.set_xlabel(f"pass@1 less {reference}'s")
-    return save(figure, file, ["task", "n", "arm", "change", "half", "pairs"], rows)
+        named = reference or " or ".join(dict.fromkeys(references.values()))
+        axis.set_xlabel(f"pass@1 less that of {named}")
+    return save(figure, file, ["task", "n", "arm", "than", "change", "half", "pairs"], rows)

@@ -200,14 +200,17 @@ def pilot_table(out: pathlib.Path, plan: Plan) -> str:
     return table(["task", "steps", "arm", *(f"{rate:g}" for rate in plan.rates), ""], rows)
 
 
+def longer_steps(plan: Plan) -> list[int]:
+    """Returns the training steps of blocks that do not have the plan's."""
+    return sorted({block.steps for block in plan.blocks} - {0, plan.steps})
+
+
 def report(out: pathlib.Path, plan: Plan) -> str:
     """Returns the whole of tables.md."""
     results, among = load_runs(out, plan.steps), plan.final["among"]
     parts = ["# Results\n", "## Primary comparisons\n", primary_table(results, plan)]
     parts += ["RL seed 0 alone, one pair a base:\n", primary_table(results, plan, (0,))]
-    for steps in dict.fromkeys(
-        [plan.steps, *(block.steps for block in plan.blocks if block.steps)]
-    ):
+    for steps in (plan.steps, *longer_steps(plan)):
         for (task, n), arms in load_runs(out, steps).items():
             parts += [f"## {task}, n = {n}, {steps} steps\n", results_table(arms, among)]
             for reference in REFERENCES:
@@ -238,7 +241,9 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"no figures: {error}; pip install 'scope_jax[eval]'", file=sys.stderr)
         return 0
-    for file in figures.draw_all(results, plan, args.out / "figures"):
+    longer = [load_runs(args.out, steps) for steps in longer_steps(plan)]
+    merged = {setting: arms for found in longer for setting, arms in found.items()}
+    for file in figures.draw_all(results, merged, plan, args.out / "figures"):
         print(file)
     return 0
 
