@@ -287,7 +287,7 @@ def make_problem(steps: int, rng: random.Random) -> tuple[dict[str, str], str]:
 
 
 def is_held_out(kind: str, seed: int) -> bool:
-    """Returns whether problems with these template and numbers are for testing alone."""
+    """Returns whether problems with this template and these numbers are for testing alone."""
     return random.Random(f"{seed} {kind}").random() < HELD_OUT
 
 
