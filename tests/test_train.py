@@ -378,6 +378,7 @@ def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, 
             (WORKSHEET, []),
             ("ledger:n=3,runlocal", []),
             ("gsm8k_smollm2:runlocal", with_prm),
+            ("word_problems_smollm2:runlocal", with_prm),
             ("openr1_qwen7b:runlocal", ["--config.mesh.fsdp=4"]),
         ]
     ):
