@@ -33,12 +33,13 @@ def draw_all(
     folder.mkdir(parents=True, exist_ok=True)
     headline = [(b.task, n) for b in plan.blocks if b.name == "headline" for n in b.sizes]
     main = {key: results[key] for key in headline if key in results}
-    among = plan.final["among"]
+    distinct = f"distinct valid solutions\namong {plan.final['among']} correct"
     files = [
         over_training(main, "valid_pass@1", "pass@1, valid split", folder / "accuracy"),
         over_training(main, "signal", "groups with signal", folder / "signal", smooth=5),
         over_training(longer, "valid_pass@1", "pass@1, valid split", folder / "accuracy_longer"),
-        diversity_against_accuracy(main, among, folder / "diversity"),
+        against_accuracy(main, longer, "distinct", distinct, folder / "diversity"),
+        against_accuracy(main, longer, "pass@8", "pass@8, test split", folder / "pass_at_8"),
         pass_at_k(main, folder / "pass_at_k"),
         gain_against_difficulty(results, folder / "difficulty"),
         changes(main, ABLATIONS, folder / "ablations"),
@@ -119,27 +120,35 @@ def over_training(results: Results, curve: str, label: str, file: pathlib.Path, 
     return save(figure, file, ["task", "n", "arm", "step", "mean", "half"], rows)
 
 
-def diversity_against_accuracy(results: Results, among: int, file: pathlib.Path):
-    """Draws each arm at (pass@1, distinct valid solutions among m correct)."""
+def against_accuracy(
+    results: Results, longer: Results, column: str, label: str, file: pathlib.Path
+):
+    """Draws each arm at (pass@1, column): what it keeps or loses at the accuracy that it has.
+
+    Args:
+      longer: runs with more steps, drawn hollow: so arms meet at other accuracies, too.
+    """
     figure, axes = panels(results, width=4.8)
     rows = []
-    for axis, ((task, n), arms) in zip(axes, results.items(), strict=True):
-        for arm, runs in arms.items():
-            found = [values(runs, column) for column in ("pass@1", "distinct")]
-            if not all(found):
-                continue
-            x, y = (mean_interval(measured) for measured in found)
-            color, known = SHOWN.get(arm, GREY), arm in SHOWN
-            axis.errorbar(
-                x.value, y.value, xerr=x.half, yerr=y.half, fmt="o", color=color, markersize=5,
-                elinewidth=0.8, label=arm if known else "other arms", zorder=3 if known else 2,
-            )  # fmt: skip
-            rows.append([task, n, arm, x.value, x.half, y.value, y.half])
-        axis.set_xlabel("pass@1")
+    for axis, (task, n) in zip(axes, results, strict=True):
+        for trained, marks in ((results, "full"), (longer, "none")):
+            for arm, runs in trained.get((task, n), {}).items():
+                found = [values(runs, name) for name in ("pass@1", column)]
+                if not all(found):
+                    continue
+                x, y = (mean_interval(measured) for measured in found)
+                known = arm in SHOWN
+                axis.errorbar(
+                    x.value, y.value, xerr=x.half, yerr=y.half, fmt="o", markersize=5,
+                    color=SHOWN.get(arm, GREY), fillstyle=marks, elinewidth=0.8,
+                    label=arm if known else "other arms", zorder=3 if known else 2,
+                )  # fmt: skip
+                rows.append([task, n, marks == "none", arm, x.value, x.half, y.value, y.half])
+        axis.set_xlabel("pass@1" + ", hollow: more steps" * ((task, n) in longer))
         axis.margins(0.08)
-    axes[0].set_ylabel(f"distinct valid solutions\namong {among} correct")
+    axes[0].set_ylabel(label)
     legend(figure, axes)
-    headings = ["task", "n", "arm", "pass@1", "half", "distinct", "half"]
+    headings = ["task", "n", "longer", "arm", "pass@1", "half", column, "half"]
     return save(figure, file, headings, rows)
 
 
