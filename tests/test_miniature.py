@@ -2,6 +2,7 @@
 and the whole harness in small.
 """
 
+import gzip
 import importlib
 import json
 import pathlib
@@ -186,6 +187,15 @@ def test_a_torn_line_costs_only_itself(part, tmp_path):
     assert grid.to_do(["a", "b", "c"], file, retry=True) == {"a", "b"}
     grid.append_line(file, {"name": "a", "status": "done"})  # the last line counts
     assert grid.to_do(["a", "b", "c"], file, retry=True) == {"b"}
+
+
+def test_packed_results_are_read_and_not_written_beside(part, tmp_path, monkeypatch, capsys):
+    grid, row = part("grid"), {"name": "a", "status": "done"}
+    (tmp_path / "cells.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert grid.read_lines(tmp_path / "cells.jsonl") == [row]
+    monkeypatch.setattr(sys, "argv", ["grid.py", "--out", str(tmp_path), "--smoke"])
+    assert grid.main() == 2 and "unpack cells.jsonl.gz" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_process_that_fails_says_why(part, tmp_path):

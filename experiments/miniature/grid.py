@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import fcntl
 import fnmatch
+import gzip
 import json
 import os
 import pathlib
@@ -64,9 +65,12 @@ RUNNING: set[subprocess.Popen] = set()
 
 
 def read_lines(file: pathlib.Path) -> list[dict]:
-    """Returns a file's JSON lines, of each name the last one; torn lines are left out."""
-    found = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+    """Returns a file's JSON lines, of each name the last one; torn lines are left out. Where there
+    is no FILE it reads FILE.gz, as results/ has it.
+    """
+    found, packed = {}, file.with_name(f"{file.name}.gz")
+    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else ""
+    for line in (file.read_text() if file.exists() else text).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
             found[row["name"]] = row
@@ -303,6 +307,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what is left and stop")
     args = parser.parse_args()
     args.out = args.out.absolute()
+    if packed := [f.name for f in args.out.glob("*.jsonl.gz") if not f.with_suffix("").exists()]:
+        print(f"error: unpack {', '.join(packed)} of {args.out} first: gunzip --keep")
+        return 2
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     plan, deadline = SMOKE if args.smoke else FULL, time.monotonic() + 60 * args.minutes
     part, parts = map(int, args.shard.split("/"))
