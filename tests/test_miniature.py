@@ -250,7 +250,7 @@ def make_up(cells, grid, out: pathlib.Path, plan) -> None:
         row = {"name": cell.name, **cell._asdict(), "status": "done", "reason": ""}
         row |= {"columns": columns, "problems": problems}
         if cells.ARMS[cell.arm].method:
-            row |= {"curve": curve, "rate": cell.rate or plan.rates[0]}
+            row |= {"curve": curve, "rate": cell.rate or plan.rates[cell.task][0]}
             row["spent"] = {"policy_tokens": 2e5, "teacher_tokens": 2e4, "updates": 120}
             row["spent"]["seconds"] = 21.0
         with (out / ("pilot.jsonl" if cell.rate else "cells.jsonl")).open("a") as file:

@@ -129,7 +129,7 @@ class Plan(NamedTuple):
     """A grid with its pilot and what all of its cells share."""
 
     blocks: tuple[Block, ...]
-    rates: tuple[float, ...]  # learning rates of the pilot
+    rates: dict[str, tuple[float, ...]]  # task -> learning rates of the pilot
     pilot_sizes: dict[str, int]  # task -> n of the pilot's cells
     pilot_base: str  # made for the pilot alone: its results are in no table
     pilot_seeds: tuple[int, ...]
@@ -160,7 +160,10 @@ FULL = Plan(
         Block("longer", "worksheet", (5,), BASES, (0,), LONGER, steps=60),
         Block("headline", "worksheet", (5, 6), BASES, (1,), COMPARED),
     ),
-    rates=(4e-4, 8e-4, 1.6e-3, 3.2e-3),
+    rates={
+        "worksheet": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
+        "ledger": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3),
+    },
     pilot_sizes={"worksheet": 5, "ledger": 6},
     pilot_base="100",
     pilot_seeds=(100, 101),
@@ -170,7 +173,7 @@ FULL = Plan(
 )  # fmt: skip
 SMOKE = Plan(
     blocks=(Block("headline", "worksheet", (2,), (SHIPPED,), (0,), ("base", "dr_grpo", "scope")),),
-    rates=(3e-4,),
+    rates={"worksheet": (3e-4,)},
     pilot_sizes={"worksheet": 2},
     pilot_base=SHIPPED,
     pilot_seeds=(100,),
@@ -244,7 +247,7 @@ def pilot_cells(plan: Plan) -> list[Cell]:
         for (task, steps), arms in tuned_arms(plan).items()
         for seed in plan.pilot_seeds
         for arm in arms
-        for rate in plan.rates
+        for rate in plan.rates[task]
     ]
 
 
@@ -301,11 +304,12 @@ def grid_table(plan: Plan = FULL) -> str:
         runs = len(block.sizes) * len(block.bases) * len(block.seeds) * len(arms)
         columns = (n, block.steps or plan.steps, bases, seeds, ", ".join(arms), runs)
         lines.append(f"| {block.name} | {block.task} | {' | '.join(map(str, columns))} |")
-    seeds, rates = ", ".join(map(str, plan.pilot_seeds)), ", ".join(f"{r:g}" for r in plan.rates)
+    seeds = ", ".join(map(str, plan.pilot_seeds))
     for (task, steps), arms in tuned_arms(plan).items():
+        rates = ", ".join(f"{rate:g}" for rate in plan.rates[task])
         columns = (plan.pilot_sizes[task], steps, plan.pilot_base, seeds)
         columns += (f"{', '.join(arms)}, at {rates}",)
-        columns += (len(arms) * len(plan.pilot_seeds) * len(plan.rates),)
+        columns += (len(arms) * len(plan.pilot_seeds) * len(plan.rates[task]),)
         lines.append(f"| pilot | {task} | {' | '.join(map(str, columns))} |")
     return "\n".join(lines) + "\n"
 

@@ -181,23 +181,28 @@ def primary_table(results: dict[tuple[str, int], Runs], plan: Plan, seeds=None) 
 
 
 def pilot_table(out: pathlib.Path, plan: Plan) -> str:
-    """Returns the pilot's pass@1 on the valid split, the chosen rate bold."""
+    """Returns the pilot's pass@1 on the valid split, the chosen rates bold: a table for each task
+    and number of steps.
+    """
     found: dict[Any, list[float]] = {}
     for row in read_lines(out / "pilot.jsonl"):
         reached = row["curve"]["valid_pass@1"][-1][1] if row["status"] == "done" else 0.0
         key = (row["task"], row["steps"], row["arm"], row["rate"])
         found.setdefault(key, []).append(reached)
-    rates, rows = pilot_rates(plan, out), []
+    chosen, parts = pilot_rates(plan, out), []
     for (task, steps), arms in tuned_arms(plan).items():
+        rates, rows = plan.rates[task], []
         for arm in arms:
-            chosen, row = rates.get((task, steps, arm)), [task, str(steps), arm]
-            for rate in plan.rates:
+            best, row = chosen.get((task, steps, arm)), [arm]
+            for rate in rates:
                 reached = found.get((task, steps, arm, rate))
                 text = "-" if reached is None else f"{np.mean(reached):.3f}"
-                row.append(f"**{text}**" if rate == chosen else text)
-            edge = len(plan.rates) > 1 and chosen in (plan.rates[0], plan.rates[-1])
+                row.append(f"**{text}**" if rate == best else text)
+            edge = len(rates) > 1 and best in (rates[0], rates[-1])
             rows.append([*row, "edge of the grid" if edge else ""])
-    return table(["task", "steps", "arm", *(f"{rate:g}" for rate in plan.rates), ""], rows)
+        headings = [f"{task}, {steps} steps", *(f"{rate:g}" for rate in rates), ""]
+        parts.append(table(headings, rows))
+    return "\n".join(parts)
 
 
 def longer_steps(plan: Plan) -> list[int]:
