@@ -28,7 +28,9 @@ ARMS = {
     # on-policy
     "dr_grpo": Arm("dr_grpo"),
     "grpo": Arm("grpo"),
-    "dapo": Arm("dapo"),
+    # Its soft length penalty, from the last fifth of max_new_tokens on by default, would punish right
+    # solutions: they are nearly as long as this is.
+    "dapo": Arm("dapo", overrides=("returns.overlong_share=0.1",)),
     "gspo": Arm("gspo"),
     # step scores as reward
     "prm_blend": Arm("prm_blend"),
