@@ -28,8 +28,8 @@ ARMS = {
     # on-policy
     "dr_grpo": Arm("dr_grpo"),
     "grpo": Arm("grpo"),
-    # Its soft length penalty, from the last fifth of max_new_tokens on by default, would punish right
-    # solutions: they are nearly as long as this is.
+    # By default its length penalty begins at four fifths of max_new_tokens, and right solutions are
+    # longer than that here.
     "dapo": Arm("dapo", overrides=("returns.overlong_share=0.1",)),
     "gspo": Arm("gspo"),
     # step scores as reward
