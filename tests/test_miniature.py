@@ -124,7 +124,8 @@ def test_columns_are_means_over_problems(part):
 
 def test_the_preregistration_quotes_the_tables_of_the_code(part):
     cells, text = part("cells"), (FOLDER / "PREREGISTRATION.md").read_text()
-    for table in (cells.grid_table(), cells.arms_table(), cells.primary_table()):
+    claims = [cells.claims_table(which) for which in (cells.PRIMARY, cells.ASKED_LATER)]
+    for table in (cells.grid_table(), cells.arms_table(), *claims):
         assert table in text
 
 

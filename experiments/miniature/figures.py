@@ -123,13 +123,15 @@ def over_training(results: Results, curve: str, label: str, file: pathlib.Path, 
 def against_accuracy(
     results: Results, longer: Results, column: str, label: str, file: pathlib.Path
 ):
-    """Draws each arm at (pass@1, column): what it keeps or loses at the accuracy that it has.
+    """Draws each arm at (pass@1, column): what it keeps or loses at the accuracy that it has. The
+    means of all arms are within the picture, and the intervals of those that SHOWN names.
 
     Args:
       longer: runs with more steps, drawn hollow: so arms meet at other accuracies, too.
     """
     figure, axes = panels(results, width=4.8)
     rows = []
+    inside: list[float] = []  # an arm that collapsed has an interval too wide to draw whole
     for axis, (task, n) in zip(axes, results, strict=True):
         for trained, marks in ((results, "full"), (longer, "none")):
             for arm, runs in trained.get((task, n), {}).items():
@@ -138,6 +140,8 @@ def against_accuracy(
                     continue
                 x, y = (mean_interval(measured) for measured in found)
                 known = arm in SHOWN
+                half = (y.half or 0.0) * known
+                inside += [y.value - half, y.value + half]
                 axis.errorbar(
                     x.value, y.value, xerr=x.half, yerr=y.half, fmt="o", markersize=5,
                     color=SHOWN.get(arm, GREY), fillstyle=marks, elinewidth=0.8,
@@ -145,7 +149,10 @@ def against_accuracy(
                 )  # fmt: skip
                 rows.append([task, n, marks == "none", arm, x.value, x.half, y.value, y.half])
         axis.set_xlabel("pass@1" + ", hollow: more steps" * ((task, n) in longer))
-        axis.margins(0.08)
+        axis.margins(x=0.08)
+    if inside:
+        margin = 0.08 * (max(inside) - min(inside)) + 1e-3
+        axes[0].set_ylim(min(inside) - margin, max(inside) + margin)
     axes[0].set_ylabel(label)
     legend(figure, axes)
     headings = ["task", "n", "longer", "arm", "pass@1", "half", column, "half"]
@@ -208,10 +215,10 @@ def gain_against_difficulty(results: Results, file: pathlib.Path):
     tops: dict = {}
     for share, task, n, gain, half in (row for found in points.values() for row in found):
         tops[share, task, n] = max(tops.get((share, task, n), -1.0), gain + (half or 0))
-    for (share, _, n), top in tops.items():
-        axis.annotate(f"n = {n}", (share, top), (0, 5), textcoords="offset points", ha="center",
-                      fontsize=8)  # fmt: skip
-    axis.margins(y=0.15)
+    for (share, task, n), top in tops.items():
+        axis.annotate(f"{task}\nn = {n}", (share, top), (0, 5), textcoords="offset points",
+                      ha="center", fontsize=7)  # fmt: skip
+    axis.margins(x=0.1, y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("base policy: problems unsolved in 8 samples")
     axis.set_ylabel("gain over dr_grpo, pass@1")
@@ -256,5 +263,5 @@ def changes(
         axis.set_yticks(range(len(bars)), bars, fontsize=8)
         axis.set_ylim(len(bars) - 0.5, -0.5)  # the first one on top
         named = reference or " or ".join(dict.fromkeys(references.values()))
-        axis.set_xlabel(f"pass@1 less that of {named}")
+        axis.set_xlabel(f"pass@1 minus that of {named}")
     return save(figure, file, ["task", "n", "arm", "than", "change", "half", "pairs"], rows)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cells import ARMS, FULL, PRIMARY, REFERENCES, SMOKE, Plan, tuned_arms
+from cells import ARMS, ASKED_LATER, FULL, PRIMARY, REFERENCES, SMOKE, Plan, tuned_arms
 from grid import pilot_rates, read_lines
 from stats import Mean, holm, mean_interval, paired_t, sign_flip
 
@@ -156,16 +156,19 @@ def _difference(found: dict) -> str:
     )
 
 
-def primary_table(results: dict[tuple[str, int], Runs], plan: Plan, seeds=None) -> str:
-    """Returns the comparisons that were registered, one family of tests.
+def claims_table(
+    results: dict[tuple[str, int], Runs], plan: Plan, claims=PRIMARY, seeds=None
+) -> str:
+    """Returns the tests of claims in every (task, n) of the block "headline": one family.
 
     Args:
+      claims: of (better, than, column).
       seeds: RL seeds that count; None = all.
     """
     headline = {(b.task, n) for b in plan.blocks if b.name == "headline" for n in b.sizes}
     rows, p_values = [], []
     for task, n in sorted(headline & results.keys()):
-        for better, than, column in PRIMARY:
+        for better, than, column in claims:
             arms = results[task, n]
             found = differences(arms.get(better, {}), arms.get(than, {}), column)
             found = {pair: x for pair, x in found.items() if seeds is None or pair[1] in seeds}
@@ -213,8 +216,9 @@ def longer_steps(plan: Plan) -> list[int]:
 def report(out: pathlib.Path, plan: Plan) -> str:
     """Returns the whole of tables.md."""
     results, among = load_runs(out, plan.steps), plan.final["among"]
-    parts = ["# Results\n", "## Primary comparisons\n", primary_table(results, plan)]
-    parts += ["RL seed 0 alone, one pair a base:\n", primary_table(results, plan, (0,))]
+    parts = ["# Results\n", "## Primary comparisons\n", claims_table(results, plan)]
+    parts += ["RL seed 0 alone, one pair a base:\n", claims_table(results, plan, seeds=(0,))]
+    parts += ["Not registered, asked later:\n", claims_table(results, plan, ASKED_LATER)]
     for steps in (plan.steps, *longer_steps(plan)):
         for (task, n), arms in load_runs(out, steps).items():
             parts += [f"## {task}, n = {n}, {steps} steps\n", results_table(arms, among)]
