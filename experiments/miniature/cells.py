@@ -86,6 +86,13 @@ ARMS = {
     "scope_plus_imperfect": Arm("scope_plus", "imperfect", rate_of="scope_plus"),
     # rl_sft with traces for those groups alone that solved nothing: about plus_one's teacher tokens
     "rl_sft_all_wrong": Arm("rl_sft", overrides=("select.trigger=all_wrong",), rate_of="rl_sft"),
+    # the arms that collapsed with the verbose teacher, at a quarter of their rate (1.6e-3)
+    "rl_sft_verbose_slow": Arm(
+        "rl_sft", "verbose", overrides=("optimizer.learning_rate=0.0004",), rate_of="rl_sft"
+    ),
+    "scope_plus_verbose_slow": Arm(
+        "scope_plus", "verbose", overrides=("optimizer.learning_rate=0.0004",), rate_of="scope_plus"
+    ),
 }
 METHODS = ("dr_grpo", "grpo", "dapo", "gspo", "prm_blend", "prm_returns", "vppo", "luffy", "rl_sft",
            "sft", "scope", "scope_step", "scope_plus", "plus_one", "scope_random",
@@ -173,6 +180,10 @@ FULL = Plan(
         Block("headline", "worksheet", (5, 6), BASES, (1,), COMPARED),
         Block("afterwards", "worksheet", (5, 6), BASES, (0, 1), ("rl_sft_all_wrong",)),
         Block("afterwards", "ledger", (6,), BASES, (0, 1), ("rl_sft_all_wrong",)),
+        Block(
+            "afterwards", "worksheet", (5,), BASES, (0,),
+            ("rl_sft_verbose_slow", "scope_plus_verbose_slow"),
+        ),
     ),
     rates={
         "worksheet": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
