@@ -84,7 +84,7 @@ ARMS = {
     "luffy_imperfect": Arm("luffy", "imperfect", rate_of="luffy"),
     "rl_sft_imperfect": Arm("rl_sft", "imperfect", rate_of="rl_sft"),
     "scope_plus_imperfect": Arm("scope_plus", "imperfect", rate_of="scope_plus"),
-    # rl_sft with traces for those groups alone that solved nothing: about plus_one's teacher tokens
+    # rl_sft with fewer teacher tokens: traces for those groups alone that solved nothing
     "rl_sft_all_wrong": Arm("rl_sft", overrides=("select.trigger=all_wrong",), rate_of="rl_sft"),
     # the arms that collapsed with the verbose teacher, at a quarter of their rate (1.6e-3)
     "rl_sft_verbose_slow": Arm(

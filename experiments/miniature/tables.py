@@ -156,7 +156,7 @@ def _difference(found: dict) -> str:
     )
 
 
-def claims_table(
+def tests_table(
     results: dict[tuple[str, int], Runs], plan: Plan, claims=PRIMARY, seeds=None
 ) -> str:
     """Returns the tests of claims in every (task, n) of the block "headline": one family.
@@ -216,9 +216,9 @@ def longer_steps(plan: Plan) -> list[int]:
 def report(out: pathlib.Path, plan: Plan) -> str:
     """Returns the whole of tables.md."""
     results, among = load_runs(out, plan.steps), plan.final["among"]
-    parts = ["# Results\n", "## Primary comparisons\n", claims_table(results, plan)]
-    parts += ["RL seed 0 alone, one pair a base:\n", claims_table(results, plan, seeds=(0,))]
-    parts += ["Not registered, asked later:\n", claims_table(results, plan, ASKED_LATER)]
+    parts = ["# Results\n", "## Primary comparisons\n", tests_table(results, plan)]
+    parts += ["RL seed 0 alone, one pair a base:\n", tests_table(results, plan, seeds=(0,))]
+    parts += ["Not registered, asked later:\n", tests_table(results, plan, ASKED_LATER)]
     for steps in (plan.steps, *longer_steps(plan)):
         for (task, n), arms in load_runs(out, steps).items():
             parts += [f"## {task}, n = {n}, {steps} steps\n", results_table(arms, among)]
