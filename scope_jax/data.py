@@ -193,3 +193,21 @@ def decode_steps(
             [tokenizer.decode(row[a:b].tolist(), skip_special_tokens=True) for a, b in pieces]
         )
     return texts
+
+
+class ahead:  # noqa: N801  (temporary: the data branch brings it)
+    def __init__(self, iterator, tokenize):
+        self._it, self._tok = iterator, tokenize
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        r = next(self._it)
+        return r, self._tok(r)
+
+    def get_state(self):
+        return self._it.get_state()
+
+    def set_state(self, s):
+        self._it.set_state(s)

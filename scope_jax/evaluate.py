@@ -22,7 +22,6 @@ from scope_jax.data import decode_completions
 from scope_jax.diversity import correct_diversity
 from scope_jax.evaluate_prm import evaluate_prm, print_report
 from scope_jax.records import InputError
-from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import fetch, host_part, put_batch
@@ -56,7 +55,7 @@ def sample_completions(
         golds = [record["gold"] for record in batch for _ in range(group_size)]
         mine = slice(part * len(golds), (part + 1) * len(golds))
         texts = decode_completions(policy.tokenizer, *(x[mine] for x in written[-1]))
-        own = score_completions(policy.reward_fn, golds, texts)
+        own = policy.rewards(golds, texts).tolist()
         if parts > 1:
             own = fetch(put_batch(np.array(own, np.float32), policy.decode_mesh)).tolist()
         rewards += own

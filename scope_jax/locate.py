@@ -9,6 +9,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scope_jax.records import InputError
 
@@ -237,3 +238,41 @@ def plan_corrections(
             rewards, keys[1], group_size=group_size, count=count, solved_at=solved_at
         )
     return first_error, rows, is_real, kept, targets
+
+
+def teacher_share(step: int, *, share: float, share_end: float, over_steps: int) -> float:
+    """Returns the share of a step's groups that may be repaired; steps count from 1.
+
+    >>> [teacher_share(n, share=1.0, share_end=0.5, over_steps=5) for n in (1, 3, 6, 9)]
+    [1.0, 0.8, 0.5, 0.5]
+    """
+    done = min(1.0, (step - 1) / over_steps) if over_steps else 0.0
+    return share + (share_end - share) * done
+
+
+def within_share(count: int, groups: int, share: float) -> np.ndarray:
+    """Returns which of `count` corrections, equally many of each group, belong to the first `share`
+    of the groups (rounded): [count] bool. Problems are shuffled, so these are no special ones.
+    """
+    return np.arange(count) // (count // groups) < round(share * groups)
+
+
+def unrepaired(rewards, accepted, allowed, *, solved_at, spare_last_wrong, group_size):
+    """Returns where a whole trace may stand in for repairs that failed (numpy, on the host).
+
+    A group gets one if none of its corrections was accepted and it has a wrong rollout.
+
+    Args:
+      rewards: [B]; a reward below solved_at is wrong.
+      accepted, allowed: [C] bool, equally many of each group: done, not ruled out by a budget.
+      spare_last_wrong: a group's last wrong rollout is left to it.
+    Returns:
+      (slots [C] bool, at most the first of each group; rows [slots.sum()] int, their groups' first
+      wrong rollouts).
+    """
+    wrong = (np.asarray(rewards) < solved_at).reshape(-1, group_size)
+    done, open_ = (np.asarray(x).reshape(len(wrong), -1) for x in (accepted, allowed))
+    slots = np.zeros(done.shape, bool)
+    slots[:, 0] = ~done.any(1) & open_[:, 0] & (wrong.sum(1) > int(spare_last_wrong))
+    groups = np.flatnonzero(slots[:, 0])
+    return slots.reshape(-1), groups * group_size + wrong.argmax(1)[groups]

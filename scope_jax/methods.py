@@ -21,6 +21,9 @@ def default_config() -> ConfigDict:
                 # "package.module:function", (gold: str, completion: str) -> bool or float
                 "fn": "",
                 "solved_at": 1.0,  # a reward below it is a wrong rollout
+                # "</think>": only what stands behind its last occurrence is read, without it the
+                # reward is 0; "" = the whole completion
+                "after": "",
             },
             "prompt": {"template": "{problem}", "chat": True, "system": ""},
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
@@ -89,7 +92,10 @@ def default_config() -> ConfigDict:
             },
             # Groups without signal (all right or all wrong) are sampled anew, of other problems, in
             # so many further batches at most; what is left over of these is thrown away (DAPO)
-            "refill": {"rounds": 0},
+            "refill": {
+                "rounds": 0,
+                "all_wrong": "refill",  # | "repair": such a group stays, and is sent to repair
+            },
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},
             "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
@@ -112,11 +118,17 @@ def default_config() -> ConfigDict:
                 # policy goes on, and is corrected again, `max_rounds` times at most
                 "scope": "suffix",
                 "max_rounds": 4,
+                # "whole_trace": where nothing of a group could be repaired, a wrong rollout gives
+                # way to the problem's whole worked solution, as in LUFFY
+                "fallback": "none",
                 "accept": "verified_correct",  # | "prm_ok" | "any"
                 "insert": "replace_source",  # | "append" | "replace_random_wrong"
                 # with replacement and the group baseline: an all-right group teaches nothing
                 "keep_last_wrong": True,
             },
+            # The share of a step's groups that may be repaired goes in a line from `share` to
+            # `share_end` over the first `over_steps` steps; 0 = it stays
+            "teacher_budget": {"share": 1.0, "share_end": 1.0, "over_steps": 0},
             # What is learnt
             "returns": {
                 # what a rollout is worth: "outcome", its reward | "prm_blend" | "prm_returns" |
@@ -196,6 +208,9 @@ def default_config() -> ConfigDict:
                 "max_recompiles": 0,  # after the first step
                 "spike_factor": 10.0,  # gradient norm over its running median: flagged
             },
+            # "package.module:function", called with (step, metrics) after each step, on every host;
+            # what it returns, a dict or None, is logged with the step's metrics
+            "hooks": {"after_step": ""},
             "log": {"rollout_groups": 2, "rollouts_every": 10, "diversity_every": 10},
         }
     )

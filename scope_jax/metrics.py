@@ -9,6 +9,7 @@ import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -338,13 +339,33 @@ def rollout_records(step: int, rows: dict, trace, problems, tokenizer, groups: i
     return records
 
 
-def correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens) -> dict[str, float]:
+def reward_metrics(rewards, solved_at: float) -> dict[str, float]:
+    """Returns {"reward", "solve_rate"}: of rewards [B] their mean and the share of solved rows."""
+    rewards = np.asarray(rewards)
+    return {"reward": rewards.mean(), "solve_rate": (rewards >= solved_at).mean()}
+
+
+def learning_metrics(infos: list[dict], advantages) -> dict[str, Any]:
+    """Returns the means over a step's updates, how many were skipped, and the sampler's `logp_gap`.
+
+    Args:
+      infos: `train_step`'s, on the host, one for each update; the first ran on the weights that
+        sampled, so that it alone tells how far apart sampler and trainer are.
+      advantages: [P, slots] of the rows; a group whose rows all have 0 holds no signal.
+    """
+    measured: dict[str, Any] = {name: np.mean([i[name] for i in infos]) for name in infos[0]}
+    measured["skipped"] = int(sum(info["skipped"] for info in infos))
+    measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])
+    measured["groups_with_signal"] = (np.asarray(advantages) != 0).any(1).mean()
+    return measured
+
+
+def correction_metrics(plan, accepted, step_mask, wrong) -> dict[str, float]:
     """Returns what a step's repairs amounted to.
 
     Args:
       plan: (first_error [B], chosen [C], is_real [C], ..) of `locate.plan_corrections`.
       accepted: [C] bool; step_mask: [B, S] bool, steps that were scored; wrong: [B] bool.
-      teacher_tokens: tokens that teachers wrote, rejected ones included.
     """
     first_error, chosen, is_real = plan[:3]
     scored, repaired = step_mask.any(1), chosen[is_real]
@@ -355,7 +376,6 @@ def correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens) -> dict
         "corrections/accepted": int(accepted.sum()),
         "corrections/correct_share": mean(share, 0.0),
         "corrections/first_error": mean(first_error[repaired], -1.0),
-        "teacher_tokens": teacher_tokens,
         "prm/agreement": mean(((first_error >= 0) == wrong)[scored], 0.0),  # verdict on the whole
         "prm/scored": int(scored.sum()),
         "prm/unscored": int((~scored).sum()),

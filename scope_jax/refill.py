@@ -19,7 +19,12 @@ def has_signal(rewards, group_size: int) -> np.ndarray:
 
 
 def refill_groups(
-    draw: Callable[[Any], tuple], keys: Sequence, records: Sequence, rows: Rows, measured: dict
+    draw: Callable[[Any], tuple],
+    keys: Sequence,
+    records: Sequence,
+    rows: Rows,
+    measured: dict,
+    keep_below: float | None = None,
 ) -> tuple[Sequence, Rows, dict]:
     """Replaces groups without signal by groups with signal of further batches.
 
@@ -31,6 +36,7 @@ def refill_groups(
       keys: one for each further batch; none: nothing changes.
       records: P problems; rows: "rewards" [P * G] and others [P * G, ..], row-major by problem.
       measured: of these rows; they stay those of the first batch, which is no choice of ours.
+      keep_below: groups all of whose rewards are below it stay: a repair may give them signal.
     Returns:
       (records, rows, metrics: with "refill/batches" drawn and "refill/groups" replaced, and all
       tokens sampled in "policy_tokens").
@@ -40,10 +46,14 @@ def refill_groups(
     records, rows = list(records), {name: np.array(x) for name, x in rows.items()}
     size, batches, groups, tokens = len(rows["rewards"]) // len(records), 0, 0, 0
     for key in keys:
-        lacking = np.flatnonzero(~has_signal(rows["rewards"], size))
+        lacking = ~has_signal(rows["rewards"], size)
+        if keep_below is not None:
+            lacking &= (rows["rewards"] >= keep_below).reshape(-1, size).any(1)
+        lacking = np.flatnonzero(lacking)
         if not any(all_hosts(len(lacking))):
             break
         new_records, new, _ = draw(key)
+        new = {name: np.asarray(x) for name, x in new.items()}
         batches, tokens = batches + 1, tokens + int(new["mask"].sum())
         found = np.flatnonzero(has_signal(new["rewards"], size))
         for old, fresh in zip(lacking.tolist(), found.tolist(), strict=False):

@@ -148,7 +148,10 @@ def verify_batch(
 
 
 def score_completions(
-    fn: Callable[[str, str], bool | float], golds: Sequence[str], completions: Sequence[str]
+    fn: Callable[[str, str], bool | float],
+    golds: Sequence[str],
+    completions: Sequence[str],
+    after="",
 ) -> list[float]:
     """Returns fn(gold, completion) of each pair as a float; `verify` runs as one batch."""
     if fn is verify:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ from scope_jax.records import (
     InputError,
     Prompts,
 )
+from scope_jax.rewards import score_completions
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import (
@@ -68,7 +69,7 @@ class Policy(NamedTuple):
     ends: dict[str, Any]  # of `generate`: what ends a row, and what stands behind the end
     tokenize: Callable[[Any], Prompts]  # records -> their prompts, rendered and in one bucket
     problems: Callable[[str], Any]  # split -> random-access source of records
-    reward_fn: Callable[[str, str], float]  # (gold, completion)
+    rewards: Callable[..., np.ndarray]  # (golds, completions) -> what each is worth, float32
     check_steps: Any  # the task's exact step checker, if it has one
 
     @property
@@ -120,10 +121,15 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         problems=functools.partial(
             problems, **{name: value for name, value in config.task.items() if name != "module"}
         ),
-        reward_fn=reward_fn,
+        rewards=functools.partial(score_texts, reward_fn, after=config.reward.after),
         check_steps=check_steps,
     )
     return policy, params
+
+
+def score_texts(reward_fn, golds: Sequence[str], texts: Sequence[str], *, after: str) -> np.ndarray:
+    """Returns the rewards [B] float32 of B completions; see `rewards.score_completions`."""
+    return np.asarray(score_completions(reward_fn, golds, texts, after=after), np.float32)
 
 
 def compute_dtype(config: ConfigDict) -> str:
@@ -161,6 +167,14 @@ def group_slots(config: ConfigDict) -> int:
     return size + (size if appended < 0 else appended)
 
 
+def spares_last_wrong(config: ConfigDict) -> bool:
+    """Returns whether repairs leave a group its last wrong rollout: where they replace rollouts and
+    the group's own mean is the baseline, an all-right group would teach nothing.
+    """
+    replaces = config.correct.keep_last_wrong and config.correct.insert != "append"
+    return replaces and config.advantages.baseline == "group"
+
+
 def check_options(config: ConfigDict, mesh) -> None:
     """Raises InputError for option names that nothing knows, and for sizes that do not divide."""
     for group, key, known in (
@@ -171,6 +185,8 @@ def check_options(config: ConfigDict, mesh) -> None:
         ("correct", "insert", INSERT),
         ("correct", "accept", ("verified_correct", "prm_ok", "any")),
         ("correct", "scope", ("suffix", "step")),
+        ("correct", "fallback", ("none", "whole_trace")),
+        ("refill", "all_wrong", ("refill", "repair")),
         ("prm", "reads", ("text", "policy_tokens")),
         ("returns", "kind", RETURNS),
         ("loss", "ratio", RATIOS),
@@ -202,6 +218,15 @@ def check_options(config: ConfigDict, mesh) -> None:
         raise InputError(
             "learn.packing saves whole micro-batches: set learn.micro_batches above 1 with it"
         )
+    for key in ("share", "share_end"):
+        if not 0 <= config.teacher_budget[key] <= 1:
+            raise InputError(f"teacher_budget.{key} is a share, got {config.teacher_budget[key]}")
+    if (
+        config.refill.all_wrong == "repair"
+        and config.refill.rounds
+        and not config.correct.n_correct
+    ):
+        raise InputError('refill.all_wrong="repair" needs repairs: set correct.n_correct')
     rows = config.data.prompts_per_step * group_slots(config)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = config.learn.mini_batches * config.learn.micro_batches

@@ -3,6 +3,8 @@
 Rows are host arrays; `params` are the policy's current ones.
 """
 
+import concurrent.futures
+import copy
 import functools
 import pathlib
 from collections.abc import Callable
@@ -13,7 +15,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from scope_jax.data import decode_completions, prompt_iterator
+from scope_jax.configlib import load_object
+from scope_jax.data import ahead, decode_completions, prompt_iterator
 from scope_jax.metrics import Timer
 from scope_jax.monte_carlo import success_rates
 from scope_jax.records import (
@@ -22,13 +25,12 @@ from scope_jax.records import (
     ScoreRequests,
     StepScores,
 )
-from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import continue_from, decoding_layout
 from scope_jax.sharding import host_part, own_rows, put_batch, replicate
 from scope_jax.steps import segment_steps
 from scope_jax.stepwise import correct_stepwise
-from scope_jax.teachers import Teacher
+from scope_jax.teachers import Teacher, whole_trace_teacher
 from scope_jax.update import make_optimizer, reference
 
 # (requests, key, params) -> what a scorer, or a teacher, returns
@@ -42,11 +44,15 @@ class Run(NamedTuple):
     policy: Policy
     scorer: Any  # BoundScorer, None where nothing reads step scores
     teacher: Any  # BoundTeacher, None where nothing is repaired
+    whole_trace: Any  # BoundTeacher where its traces stand in for repairs that failed, else None
     optimizer: optax.GradientTransformation
     ref_params: Any  # None unless kl_coef > 0
     seed_key: jax.Array
     timer: Timer
     skipped: list[dict[str, Any]]  # lines of the data files that were left out
+    after_step: Callable[
+        [int, dict], dict | None
+    ]  # the user's own: (step, metrics) -> more of them
 
 
 def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
@@ -54,20 +60,30 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     policy, params = load_policy(config)
     problems = policy.problems("train")
     splits = ("train", config.eval.split, *(("ood",) if config.eval.ood else ()))
-    data = prompt_iterator(
+    batches = prompt_iterator(
         problems, batch_size=config.data.prompts_per_step, seed=config.seed,
         part=host_part(policy.mesh),
     )  # fmt: skip
+    # The next batch is tokenised beside the step, by a tokenizer of its own (see Pending).
+    data = ahead(
+        batches, functools.partial(policy.tokenize, tokenizer=copy.deepcopy(policy.tokenizer))
+    )
     # A prompt that does not fit stops the run before it starts (of a task's: the first one).
     policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
     plain, teacher = load_scorer(config, policy, params), load_teacher(config, policy, workdir)
     scorer = plain and (lambda requests, key, params: plain(requests))  # noqa: ARG005
     if config.locate.locator == "monte_carlo" and config.correct.n_correct:
         scorer = functools.partial(score_by_rollouts, config, policy)
+    after_step, traces = config.hooks.after_step, config.correct.fallback == "whole_trace"
+    whole_trace = traces and whole_trace_teacher(
+        policy.tokenizer, policy_eos_id=policy.tokenizer.eos_token_id,
+        max_new_tokens=config.sample.max_new_tokens,
+    )  # fmt: skip
     run = Run(
         policy=policy,
         scorer=scorer,
         teacher=None if teacher is None else teach_in_scope(config, policy, teacher, scorer),
+        whole_trace=whole_trace and (lambda requests, key, params: whole_trace(requests, key)),  # noqa: ARG005
         optimizer=make_optimizer(
             config.total_steps * config.learn.mini_batches, **config.optimizer
         ),
@@ -75,15 +91,44 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
         seed_key=jax.random.key(config.seed),
         timer=Timer(),
         skipped=[line for s in splits for line in getattr(policy.problems(s), "skipped", ())],
+        after_step=load_object(after_step, "hooks.after_step") if after_step else _no_hook,
     )
     return run, params, data
+
+
+def _no_hook(step: int, measured: dict) -> None:
+    """Stands for hooks.after_step where there is none."""
+
+
+class Pending:
+    """An array that a thread is still computing; numpy waits for it where it is first read.
+
+    The devices work on meanwhile: verification is the host's. Its exception is raised where the
+    array is read. `fn` may use neither jax (a transfer guard is of its thread) nor a tokenizer that
+    the caller goes on using (one that encodes in two threads may raise "Already borrowed").
+    """
+
+    def __init__(self, timer: Timer, phase: str, fn: Callable[..., np.ndarray], *args: Any) -> None:
+        """Starts fn(*args); the timer gets its seconds as `phase`, those waited as `phase`_wait."""
+
+        def work() -> np.ndarray:
+            with timer(phase):
+                return fn(*args)
+
+        self._timer, self._phase = timer, phase
+        threads = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=phase)
+        self._result = threads.submit(work)
+        threads.shutdown(wait=False)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:  # noqa: ARG002
+        with self._timer(f"{self._phase}_wait"):
+            return np.array(self._result.result(), dtype)
 
 
 def verify_rows(policy: Policy, ids, mask, records) -> np.ndarray:
     """Returns the rewards [B] float32 of completions [B, T] of B records."""
     texts = decode_completions(policy.tokenizer, ids, mask)
-    rewards = score_completions(policy.reward_fn, [record["gold"] for record in records], texts)
-    return np.asarray(rewards, np.float32)
+    return policy.rewards([record["gold"] for record in records], texts)
 
 
 def score_rows(
@@ -157,8 +202,7 @@ def score_by_rollouts(
     def solved(index, completions):
         texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         golds = [requests.records[i]["gold"] for i in index]
-        found = score_completions(policy.reward_fn, golds, texts)
-        return np.asarray(found) >= config.reward.solved_at
+        return policy.rewards(golds, texts) >= config.reward.solved_at
 
     rates = success_rates(
         requests.completion_ids, np.zeros(rows), requests.step_ends, step_mask, go_on, solved,

@@ -282,3 +282,8 @@ def remaining_solution(solution: str, prefix: str) -> str:
 
 def _numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
+
+
+def whole_trace_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
+    """temporary"""
+    return dataset_teacher(tokenizer, policy_eos_id=policy_eos_id, max_new_tokens=max_new_tokens)

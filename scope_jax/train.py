@@ -35,13 +35,13 @@ from scope_jax.data import decode_completions
 from scope_jax.drawing import step_keys
 from scope_jax.evaluate import evaluate_policy
 from scope_jax.hosts import all_hosts, end_together, join_hosts, on_first_host, shared_errors
-from scope_jax.locate import plan_corrections
+from scope_jax.locate import plan_corrections, teacher_share, unrepaired, within_share
 from scope_jax.preemption import Preemption
 from scope_jax.records import CorrectionRequests, InputError, TrainBatch, TrainState
 from scope_jax.refill import refill_groups
 from scope_jax.rewards import verifier_counts, verifier_stats
-from scope_jax.roles import describe
-from scope_jax.run import Run, acceptable, load_run, score_rows, verify_rows
+from scope_jax.roles import describe, spares_last_wrong
+from scope_jax.run import Pending, Run, acceptable, load_run, score_rows
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
@@ -53,11 +53,10 @@ Rows = dict[str, Any]
 # ------------------------------------------------------------------------------ sample, verify
 
 
-def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, dict]:
-    """Samples a group of completions for each problem and verifies them."""
+def sample(run: Run, config: ConfigDict, params, records, prompts, key) -> tuple[Rows, dict]:
+    """Samples a group of completions for each problem; they are verified beside what follows."""
     policy, mesh = run.policy, run.policy.decode_mesh
     with run.timer("sample"):
-        prompts = policy.tokenize(records)
         prompt_ids, prompt_mask = put_batch((prompts.ids, prompts.mask), mesh)
         options = {k: v for k, v in config.sample.items() if k != "stop"} | policy.ends
         layout = decoding_layout(policy.model, params, mesh, int8=options.pop("int8"))
@@ -69,19 +68,14 @@ def sample(run: Run, config: ConfigDict, params, records, key) -> tuple[Rows, di
         "source": rollouts.token_source, "logps": rollouts.logps, "finished": rollouts.finished,
     }  # fmt: skip
     rows["rewards"] = verify(run, rows, records)
-    return rows, {
-        "reward": rows["rewards"].mean(),
-        "solve_rate": (rows["rewards"] >= config.reward.solved_at).mean(),
-        "finished": rows["finished"].mean(),
-        "policy_tokens": rows["mask"].sum(),
-    }
+    return rows, {"finished": rows["finished"].mean(), "policy_tokens": rows["mask"].sum()}
 
 
-def verify(run: Run, rows: Rows, records) -> np.ndarray:
-    """Returns the reward of each row, [B] float32."""
-    with run.timer("verify"):
-        of_row = [records[i] for i in rows["record"]]
-        return verify_rows(run.policy, rows["ids"], rows["mask"], of_row)
+def verify(run: Run, rows: Rows, records) -> Pending:
+    """Starts to verify each row; its reward, [B] float32, is waited for where it is first read."""
+    texts = decode_completions(run.policy.tokenizer, rows["ids"], rows["mask"])
+    golds = [records[i]["gold"] for i in rows["record"]]
+    return Pending(run.timer, "verify", run.policy.rewards, golds, texts)
 
 
 # ------------------------------------------------------------------------------ score, repair
@@ -92,44 +86,44 @@ def score(run: Run, config: ConfigDict, params, key, rows: Rows, records):
     columns = [rows[k] for k in ("prompt_ids", "prompt_mask", "ids", "mask", "finished")]
     of_row = [records[i] for i in rows["record"]]
     with run.timer("score"):
-        bound = (config, run.policy, run.scorer, params, key)
-        return score_rows(*bound, *columns, records=of_row)
+        return score_rows(config, run.policy, run.scorer, params, key, *columns, of_row)
 
 
-def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, keys):
-    """Repairs each group's best wrong rollouts at their first wrong step; returns (rows with the
-    accepted corrections in place, metrics, trace for the rollout files).
+def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, keys, share):
+    """Repairs the best wrong rollouts of a `share` of the groups at their first wrong step; returns
+    (rows with the accepted corrections in place, metrics, trace for the rollout files).
     """
     options, mesh, size = config.correct, run.policy.mesh, config.sample.group_size
-    solved_at = config.reward.solved_at
+    solved_at, width = config.reward.solved_at, rows["ids"].shape[1]
     (step_ends, scores, step_mask), (locate_key, insert_key, teach_keys) = scored, keys
     columns = (rows["rewards"], rows["finished"], scores, step_ends, step_mask)
-    spared = options.keep_last_wrong and options.insert != "append"
-    spared = spared and config.advantages.baseline == "group"  # else the group may get all right
+    spared = spares_last_wrong(config)
     plan = plan_corrections(
         *put_batch(columns, mesh), (locate_key, insert_key), group_size=size, solved_at=solved_at,
         n_correct=options.n_correct, replace_random=options.insert == "replace_random_wrong",
         spare_last_wrong=spared, **config.locate, **config.select,
     )  # fmt: skip
-    first_error, chosen, is_real, kept, targets = own_rows(plan, mesh)
+    first_error, chosen, is_real, kept, targets = (np.array(x) for x in own_rows(plan, mesh))
     chosen, targets = chosen % len(first_error), targets % len(first_error)  # among our own rows
+    is_real &= (allowed := within_share(len(chosen), len(first_error) // size, share))
     fixed = {name: value[chosen] for name, value in rows.items()}
-    accepted, teacher_tokens, counts = np.zeros(len(chosen), bool), 0, collections.Counter()
-    for key in teach_keys:
-        wanted = is_real & ~accepted
-        budgets = np.where(wanted, rows["ids"].shape[1] - kept, 0).astype(np.int32)
+    accepted, counts = np.zeros(len(chosen), bool), collections.Counter(teacher_tokens=0)
+
+    def attempt(teach, wanted, key) -> np.ndarray:
+        """Lets a teacher continue the wanted rows; those that pass stand in `fixed` afterwards."""
+        budgets = np.where(wanted, width - kept, 0).astype(np.int32)
         requests = CorrectionRequests(
             fixed["prompt_ids"], fixed["prompt_mask"], fixed["ids"], kept, budgets,
             records=tuple(records[i] for i in fixed["record"]),
         )  # fmt: skip
         with run.timer("teach"):
-            written = run.teacher(requests, key, params)
+            written = teach(requests, key, params)
         columns = (fixed["ids"], fixed["mask"], fixed["logps"], kept, written.ids, written.mask)
         columns = put_batch((*columns, written.logps, written.source), mesh)
         spliced = own_rows(splice_rollouts(*columns, pad_id=run.policy.pad_id), mesh)
         names = ("ids", "mask", "source", "logps", "overflowed")
         new = fixed | dict(zip(names, spliced, strict=True)) | {"finished": written.stopped}
-        new["rewards"] = new["values"] = verify(run, new, records)
+        new["rewards"] = new["values"] = np.asarray(verify(run, new, records))
         if "returns" in new:
             new["returns"] = np.broadcast_to(new["values"][:, None], new["returns"].shape)
         steps_of = functools.partial(score, run, config, params, key, new, records)
@@ -137,9 +131,19 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
         good = wanted & written.stopped & ~new["overflowed"] & right
         for name, value in fixed.items():
             value[good] = new[name][good]
-        accepted |= good
-        teacher_tokens += written.teacher_tokens()
-        counts.update(written.counts or {})
+        counts.update({"teacher_tokens": written.teacher_tokens(), **(written.counts or {})})
+        return good
+
+    for key in teach_keys:
+        accepted |= attempt(run.teacher, is_real & ~accepted, key)
+    if run.whole_trace:
+        bounds = {"solved_at": solved_at, "spare_last_wrong": spared, "group_size": size}
+        slots, sources = unrepaired(rows["rewards"], accepted, allowed, **bounds)
+        chosen[slots], targets[slots], kept[slots] = sources, sources, 0
+        for name, value in fixed.items():
+            value[slots] = rows[name][sources]
+        accepted |= (traces := attempt(run.whole_trace, slots, teach_keys[-1]))
+        counts["corrections/whole_traces"] = int(traces.sum())
     repaired = insert_rows(
         rows, fixed, targets=targets, accepted=accepted, group_size=size, insert=options.insert
     )
@@ -148,9 +152,9 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
         checks.check_groups(rows["rewards"], repaired["rewards"], solved_at, size)
     wrong = rows["rewards"] < solved_at
     plan = (first_error, chosen, is_real)
-    measured = metrics.correction_metrics(plan, accepted, step_mask, wrong, teacher_tokens)
+    measured = metrics.correction_metrics(plan, accepted, step_mask, wrong) | counts
     trace = (step_ends, step_mask, scores, first_error, chosen, accepted, fixed)
-    return repaired, measured | counts, trace
+    return repaired, measured, trace
 
 
 # ------------------------------------------------------------------------------ learn
@@ -176,11 +180,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
             run.policy.model, run.optimizer, state, minis, ref_params=run.ref_params, **options
         )
         infos = jax.device_get(infos)
-    measured: dict = {name: np.mean([info[name] for info in infos]) for name in infos[0]}
-    measured["skipped"] = int(sum(info["skipped"] for info in infos))
-    measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])  # of the sampler
-    measured["groups_with_signal"] = (per_row.reshape(-1, slots) != 0).any(1).mean()
-    return state, measured
+    return state, metrics.learning_metrics(infos, per_row.reshape(-1, slots))
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -190,24 +190,30 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, data, step: i
     """Takes a step; returns (state, problems, rows as sampled, as trained on, trace, metrics)."""
 
     def draw(key):
-        records = next(data)
-        return records, *sample(run, config, state.params, records, key)
+        records, prompts = next(data)
+        return records, *sample(run, config, state.params, records, prompts, key)
 
     checks.check_weights(int(jax.device_get(state.step)), step)
     verified = verifier_stats()
     on_device = replicate(np.int32(step), run.policy.mesh)
     repeats = {"attempts": config.correct.attempts, "refills": config.refill.rounds}
     keys = step_keys(run.seed_key, on_device, **repeats)
-    records, rows, measured = refill_groups(draw, keys[1], *draw(keys[0]))
+    records, rows, measured = draw(keys[0])
+    verdicts = rows["rewards"]  # still being found, while the PRM scores
+    below = config.reward.solved_at if config.refill.all_wrong == "repair" else None
+    records, rows, measured = refill_groups(draw, keys[1], records, rows, measured, below)
     scored, trace = (), None
     if config.correct.n_correct or run.scorer:
         *scored, counts = score(run, config, state.params, keys[2], rows, records)
         measured |= counts
+    rows["rewards"] = np.asarray(rows["rewards"])
+    measured |= metrics.reward_metrics(verdicts, config.reward.solved_at)
     bounds = {"tau": config.locate.tau, "solved_at": config.reward.solved_at}
     rows |= token_returns(rows["rewards"], rows["mask"], *scored, **bounds, **config.returns)
     repaired = rows | {"row_mask": np.ones(len(rows["ids"]), bool)}
     if config.correct.n_correct:
-        args = (state.params, rows, records, scored, keys[2:])
+        share = teacher_share(step, **config.teacher_budget)
+        args = (state.params, rows, records, scored, keys[2:], share)
         repaired, corrections, trace = repair(run, config, *args)
         measured |= corrections
     measured |= verifier_counts(verified)
@@ -253,6 +259,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
                 texts = decode_completions(policy.tokenizer, rows["ids"], rows["mask"])
                 measured |= metrics.mean_diversity(texts, config.sample.group_size)
             measured = metrics.over_hosts(measured)
+            measured |= run.after_step(step, measured) or {}
             measured["spike"] = checks.gradient_spike(measured, writer.recent, **config.checks)
             checkpoint.settle(checkpoints)  # the last save ran beside this step
             writer.step(step, measured)

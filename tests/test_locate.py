@@ -16,6 +16,9 @@ from scope_jax.locate import (
     random_wrong_rows,
     rank_candidates,
     select_candidates,
+    teacher_share,
+    unrepaired,
+    within_share,
 )
 from scope_jax.records import InputError
 
@@ -657,3 +660,27 @@ def test_tau_zero_plans_no_correction():
     for seed in SEEDS:
         _, _, is_real, kept, _ = plan(random_rows(seed), tau=0.0, n_correct=-1, select="any")
         assert not is_real.any() and not kept.any()
+
+
+def test_the_teachers_share_goes_in_a_line():
+    options = {"share": 0.8, "share_end": 0.2, "over_steps": 3}
+    shares = [teacher_share(step, **options) for step in range(1, 7)]
+    np.testing.assert_allclose(shares, [0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    assert teacher_share(99, share=0.5, share_end=0.0, over_steps=0) == 0.5
+
+
+@pytest.mark.parametrize("share, groups", [(1.0, 4), (0.5, 2), (0.3, 1), (0.0, 0)])
+def test_a_share_of_the_groups_is_whole_groups_of_corrections(share, groups):
+    assert within_share(8, 4, share).tolist() == [True] * 2 * groups + [False] * 2 * (4 - groups)
+
+
+def test_whole_traces_stand_in_for_groups_without_an_accepted_repair():
+    rewards = [0, 0, 0] + [1, 0, 0] + [1, 1, 0] + [1, 1, 1] + [0, 1, 0] + [0, 0, 1]
+    accepted = [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # two corrections a group; the first has one
+    allowed = [1] * 10 + [0] * 2  # the last is over the budget
+    options = {"solved_at": 1.0, "group_size": 3}
+    masks = (np.array(accepted, bool), np.array(allowed, bool))
+    slots, rows = unrepaired(rewards, *masks, spare_last_wrong=True, **options)
+    assert np.flatnonzero(slots).tolist() == [2, 8] and rows.tolist() == [4, 12]
+    slots, rows = unrepaired(rewards, *masks, spare_last_wrong=False, **options)
+    assert np.flatnonzero(slots).tolist() == [2, 4, 8] and rows.tolist() == [4, 8, 12]

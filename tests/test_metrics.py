@@ -10,7 +10,9 @@ from scope_jax.metrics import (
     Timer,
     Writer,
     correction_metrics,
+    learning_metrics,
     mean_diversity,
+    reward_metrics,
     rollout_records,
 )
 from scope_jax.records import POLICY, TEACHER
@@ -142,12 +144,28 @@ def test_correction_metrics_as_arithmetic():
     step_mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     wrong = np.array([True, False, False, True])
     plan = (first_error, chosen, is_real)
-    metrics = correction_metrics(plan, np.array([True, False]), step_mask, wrong, 9)
+    metrics = correction_metrics(plan, np.array([True, False]), step_mask, wrong)
     assert metrics["corrections/made"] == 1 and metrics["corrections/accepted"] == 1
     assert metrics["corrections/correct_share"] == 2 / 4  # cut before step 2 of 4
     assert metrics["corrections/first_error"] == 2.0
     assert metrics["prm/agreement"] == (1 + 1 + 0) / 3  # the unscored row has no verdict
-    assert metrics["prm/unscored"] == 1 and metrics["teacher_tokens"] == 9
+    assert metrics["prm/unscored"] == 1
+
+
+def test_reward_metrics_as_arithmetic():
+    assert reward_metrics(np.array([1.0, 0.5, 0.0, 1.0]), 1.0) == {
+        "reward": 2.5 / 4,
+        "solve_rate": 0.5,
+    }
+
+
+def test_learning_metrics_are_means_over_updates_but_for_the_samplers_gap():
+    infos = [{"loss": 1.0, "skipped": 0, "log_ratio_max": 0.25}]
+    infos += [{"loss": 3.0, "skipped": 1, "log_ratio_max": 0.75}]
+    found = learning_metrics(infos, [[0.5, -0.5], [0.0, 0.0], [0.0, 0.0], [0.25, 0.0]])
+    assert found["loss"] == 2.0 and found["skipped"] == 1
+    assert found["logp_gap"] == 0.25  # of the first update: the weights that sampled
+    assert found["groups_with_signal"] == 2 / 4
 
 
 def test_diversity_is_averaged_over_groups():

@@ -53,6 +53,12 @@ def test_no_batch_is_drawn_once_all_groups_have_signal():
     assert records == ["b0", "first1", "b1"] and measured["refill/batches"] == 1
 
 
+def test_all_wrong_groups_may_stay_to_be_repaired():
+    records, rows, measured = refill_groups(batch, ("a", "b"), *batch("first"), 1.0)
+    assert records == ["first0", "first1", "a1"]  # the all-wrong first one is not lacking
+    assert rows["rewards"].tolist() == [0, 0, 1, 0, 0, 1] and measured["refill/batches"] == 1
+
+
 def test_what_finds_no_replacement_stays():
     records, rows, measured = refill("a")
     assert records == ["a1", "first1", "first2"] and measured["refill/groups"] == 1

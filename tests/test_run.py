@@ -1,12 +1,15 @@
 """What a run does with its rows: scored by the policy's own continuations, accepted or not."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
 
 from scope_jax.configlib import load_config
 from scope_jax.data import decode_steps
-from scope_jax.run import acceptable, load_run
+from scope_jax.metrics import Timer
+from scope_jax.run import Pending, acceptable, load_run
 from scope_jax.sharding import replicate
 from scope_jax.train import sample, score
 
@@ -15,8 +18,9 @@ def test_monte_carlo_never_passes_a_wrong_step(tmp_path):
     """On a worksheet nothing that follows a wrong line makes the sheet right."""
     config = load_config("worksheet:n=3,runlocal", ["--config.method=scope_monte_carlo"])
     run, params, data = load_run(config, tmp_path)
-    key, records = replicate(jax.random.key(0), run.policy.mesh), next(data)
-    rows, _ = sample(run, config, params, records, key)
+    key, (records, prompts) = replicate(jax.random.key(0), run.policy.mesh), next(data)
+    rows, _ = sample(run, config, params, records, prompts, key)
+    rows["rewards"] = np.asarray(rows["rewards"])
     ends, scores, step_mask, counts = score(run, config, params, key, rows, records)
     assert counts == {} and set(np.unique(scores)) <= {0.0, 1.0}
     steps, found, wrong_rows = (
@@ -50,3 +54,29 @@ def test_what_is_accepted(accept, want):
     steps = np.array([[True, True], [True, True], [True, False]])
     found = acceptable(config, np.array([1.0, 0.0, 0.0]), lambda: (None, scores, steps, {}))
     assert found.tolist() == want
+
+
+def test_pending_work_runs_beside_its_caller_and_is_waited_for():
+    timer, go, doing = Timer(), threading.Event(), threading.Event()
+
+    def work(x):
+        doing.set()
+        assert go.wait(30)
+        return np.array([x, 2.0], np.float32)
+
+    pending = Pending(timer, "verify", work, 1.0)
+    assert doing.wait(30)  # started, and we are still here: it cannot have ended
+    go.set()
+    assert np.asarray(pending).tolist() == [1.0, 2.0]
+    assert np.array(pending, np.float64).dtype == np.float64  # may be read again
+    found = timer.flush()
+    assert found["seconds/verify"] > 0 and found["seconds/verify_wait"] >= 0
+
+
+def test_what_goes_wrong_beside_is_raised_where_it_is_read():
+    def work():
+        raise ValueError("gold 3 has no answer")
+
+    pending = Pending(Timer(), "verify", work)
+    with pytest.raises(ValueError, match="gold 3"):
+        np.asarray(pending)
