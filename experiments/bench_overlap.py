@@ -1,11 +1,12 @@
 """Times training steps that verify answers beside PRM scoring against steps that do both in turn.
 
-    python experiments/bench_overlap.py --prm-backbone .cache/smollm2 --pairs 7
+    python experiments/bench_overlap.py --pairs 7
+    python experiments/bench_overlap.py --prm Qwen/Qwen2.5-Math-1.5B --prompts 64 --checks 2  # a GPU
 
 The verifier-heavy case: the worksheet run (sample, score, repair, update), where the answer of each
 rollout is a formula with roots that math-verify has to compare in its worker processes, another
-pair of formulas for each rollout and step, and where the PRM is a random head on a language model
-of real size. Both kinds of steps are the code of train.py; in turn, `Pending` finishes where it is
+pair of formulas for each rollout and step, and where the PRM has a real model's shape (random
+weights; its time does not depend on them). Both kinds of steps are the code of train.py; in turn, `Pending` finishes where it is
 made, and the next batch is tokenised where it is asked for. Pairs of steps alternate. The last line
 of the output is one JSON object: `ratio` is the median over the pairs of the seconds of the step
 with overlap over those of its neighbour without; the phases are medians.
@@ -25,7 +26,9 @@ import numpy as np
 from scope_jax import train
 from scope_jax.configlib import load_config
 from scope_jax.metrics import Timer
-from scope_jax.models.hf import load_hf
+from scope_jax.models.hf import config_from_hf
+from scope_jax.models.published import PUBLISHED
+from scope_jax.models.transformer import Transformer, init_params
 from scope_jax.prm import PRM, score_steps
 from scope_jax.rewards import verify_batch
 from scope_jax.run import Pending, load_run
@@ -67,22 +70,26 @@ def heavy_rewards(rewards, rng, per_row, workers, golds, texts) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prm-backbone", required=True, help="Hugging Face directory")
+    parser.add_argument("--prm", default="Qwen/Qwen2.5-Math-1.5B", help="of models/published.py")
+    parser.add_argument("--prm-layers", type=int, default=0, help="only so many; 0 = all")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--checks", type=int, default=1, help="formulas for each rollout")
     parser.add_argument("--workers", type=int, default=2, help="processes that verify")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", help="of the PRM")
     args = parser.parse_args()
 
     config = load_config("worksheet", [])
     config.data.prompts_per_step, config.sample.group_size = args.prompts, args.group_size
     config.sample.max_new_tokens, config.steps.max_steps = args.new_tokens, 16
     run, params, data = load_run(config, pathlib.Path(tempfile.mkdtemp()))
-    model, weights = load_hf(args.prm_backbone, mesh=run.policy.mesh, dtype="float32")
-    prm = PRM(model)
-    weights = {"backbone": weights, "head": prm.init_head(jax.random.key(0))}
+    shape = config_from_hf(PUBLISHED[args.prm], args.prm)
+    layers = args.prm_layers or shape.num_layers
+    shape = dataclasses.replace(shape, dtype=args.dtype, num_layers=layers)
+    prm = PRM(Transformer(shape))
+    weights = init_params(prm.declare(), jax.random.key(0), args.dtype)
 
     def score_fn(*columns):
         columns = put_batch(tuple(columns), run.policy.mesh)
