@@ -1,18 +1,19 @@
 """Times training steps that verify answers beside PRM scoring against steps that do both in turn.
 
-    python experiments/bench_overlap.py --pairs 7
-    python experiments/bench_overlap.py --prm Qwen/Qwen2.5-Math-1.5B --prompts 64 --checks 2  # a GPU
+    python experiments/bench_overlap.py --prm-layers 4 --pairs 7
+    python experiments/bench_overlap.py --prompts 64 --checks 2 --dtype bfloat16    (a GPU)
 
 The verifier-heavy case: the worksheet run (sample, score, repair, update), where the answer of each
 rollout is a formula with roots that math-verify has to compare in its worker processes, another
 pair of formulas for each rollout and step, and where the PRM has a real model's shape (random
-weights; its time does not depend on them). Both kinds of steps are the code of train.py; in turn, `Pending` finishes where it is
-made, and the next batch is tokenised where it is asked for. Pairs of steps alternate. The last line
-of the output is one JSON object: `ratio` is the median over the pairs of the seconds of the step
-with overlap over those of its neighbour without; the phases are medians.
+weights; its time does not depend on them). Both kinds of steps are the code of train.py; in turn,
+`Pending` finishes where it is made. Pairs of steps alternate. The last line of the output is one
+JSON object: `ratio` is the median over the pairs of the seconds of the step with overlap over those
+of its neighbour without; the phases are medians.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
