@@ -107,7 +107,9 @@ def main() -> None:
     state, seconds, phases = init_state(run.optimizer, params), {}, {}
     ways = {"overlap": Pending, "in_turn": InTurn}
     for step in range(1, 2 * args.pairs + 5):  # two of each way first, which compile
-        way = list(ways)[(step + step // 2) % 2]  # a pair's first is now the one, now the other
+        way = list(ways)[
+            (0, 1, 1, 0)[(step - 1) % 4]
+        ]  # a pair's first is now the one, now the other
         train.Pending = ways[way]
         start = time.perf_counter()
         state, *_ = train.training_step(run, config, state, data, step)
@@ -116,7 +118,11 @@ def main() -> None:
         if step > 4:
             seconds.setdefault(way, []).append(taken["seconds/step"])
             phases.setdefault(way, []).append(taken)
-    result = {"ratio": statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))}
+    result = {
+        "ratio": statistics.median(
+            a / b for a, b in zip(*(seconds[way] for way in ways), strict=True)
+        )
+    }
     for way in ways:
         medians = {
             p: statistics.median(t.get(f"seconds/{p}", 0.0) for t in phases[way]) for p in PHASES
