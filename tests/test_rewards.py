@@ -31,12 +31,15 @@ def read_rows(name):
 
 
 def run_script(code, *args, env=None):
-    """Runs `code`, which finds the module as `rewards`, as an unguarded script of a new process."""
+    """Runs `code`, which finds the module as `rewards`, as an unguarded script of a new process.
+
+    The package's own __init__, which imports jax, is left out.
+    """
     load = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('rewards', {rewards.__file__!r})\n"
-        "rewards = sys.modules['rewards'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(rewards)\n"
+        "import sys, types\n"
+        "package = sys.modules['scope_jax'] = types.ModuleType('scope_jax')\n"
+        f"package.__path__ = [{os.path.dirname(rewards.__file__)!r}]\n"
+        "from scope_jax import answer_worker, rewards\n"
     )
     environment = {**os.environ, **(env or {})}
     command = [sys.executable, *(args or ("-c", load + code))]
@@ -143,13 +146,13 @@ def test_different_plain_numbers_need_no_worker(gold, answer):
 
 @pytest.mark.parametrize(("gold", "answer"), UNDECIDED)
 def test_the_fast_path_leaves_doubtful_pairs_to_math_verify(gold, answer):
-    gold, answer = rewards._normalise(gold), rewards._normalise(answer)
-    assert rewards._fast_verdict(gold, answer) is None
+    gold, answer = rewards.normalise(gold), rewards.normalise(answer)
+    assert rewards.fast_verdict(gold, answer) is None
 
 
 def test_the_fast_path_agrees_with_math_verify(monkeypatch):
     pairs = EQUAL + DIFFERENT[:-1]
-    monkeypatch.setattr(rewards, "_fast_verdict", lambda *_: None)
+    monkeypatch.setattr(rewards, "fast_verdict", lambda *_: None)
     verdicts = verify_batch([g for g, _ in pairs], [boxed(a) for _, a in pairs])
     assert verdicts == [True] * len(EQUAL) + [False] * (len(DIFFERENT) - 1)
 
@@ -267,7 +270,7 @@ def test_an_answer_longer_than_the_limit_is_wrong_whatever_its_end():
 def test_math500_golds_equal_themselves(monkeypatch):
     golds = [row["answer"] for row in read_rows("math500.jsonl.gz")]
     assert all(verify_batch(golds, [boxed(gold) for gold in golds]))
-    monkeypatch.setattr(rewards, "_fast_verdict", lambda *_: None)
+    monkeypatch.setattr(rewards, "fast_verdict", lambda *_: None)
     sample = golds[::5]
     checks = verify_batch(sample, [boxed(gold) for gold in sample])
     assert [gold for gold, equal in zip(sample, checks, strict=True) if not equal] == []
@@ -283,7 +286,7 @@ def test_fast_parsing_gives_the_trees_of_the_full_one():
         "        except Exception as error: yield type(error).__name__\n"
         "texts = json.loads(sys.argv[1])\n"
         "full, parse = list(trees(texts)), latex2sympy2._Latex2Sympy\n"
-        "rewards._parse_in_two_stages()\n"
+        "answer_worker.parse_in_two_stages()\n"
         "assert latex2sympy2._Latex2Sympy is not parse\n"
         "print(json.dumps([full, list(trees(texts))]))\n"
     )
