@@ -21,6 +21,8 @@ FLOORS = [
         "credit",
         "losses",
         "diversity",
+        "answers",
+        "answer_worker",
     ]
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
