@@ -21,6 +21,9 @@ def default_config() -> ConfigDict:
                 # "package.module:function", (gold: str, completion: str) -> bool or float
                 "fn": "",
                 "solved_at": 1.0,  # a reward below it is a wrong rollout
+                # "</think>": only what stands behind its last occurrence is read, without it the
+                # reward is 0; "" = the whole completion
+                "after": "",
             },
             "prompt": {"template": "{problem}", "chat": True, "system": ""},
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
