@@ -25,6 +25,20 @@ _NUMBER_OF_THINGS = re.compile(
     rf"([+-]?{_DECIMAL}) ((?!(?:percent|dozen|hundred|thousand|[mb]illion|sin|cos|tan|log|and)\b)"
     r"[A-Za-z]{3,}(?: [A-Za-z]+)*)"
 )
+# What dresses an option's letter: \text{(C)} and **C** are (C) and C.
+_DRESS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|boldsymbol|mbox|bf|rm|left|right)"
+    r"(?![A-Za-z])|\\[,;: ()\[\]]|[${}*~]"
+)
+_OPTION = re.compile(
+    r"(?:(?:option|choice|answer)(?: is|:)? )?"
+    r"(?:\(([A-J])\)|\[([A-J])\]|([A-J])(?=$|[):;]|[.,](?: |$)))[):;.]?",
+    re.IGNORECASE,
+)
+_ANOTHER = re.compile(
+    r"(?i:[,;/&]|and\b|or\b)+ ?(?:\([A-Ja-j]\)|[A-J](?![A-Za-z]))|\(?[A-Ja-j]\)?\.?$"
+)
+_SAYS = re.compile(r"\b(?:answer|option|choice)(?: is:?|:) ?", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> str | None:
@@ -103,3 +117,41 @@ def as_formula(answer: str) -> str:
     """Returns a normalised answer as one formula, which math-verify then reads as a whole."""
     things = _NUMBER_OF_THINGS.fullmatch(answer)
     return f"${things[1]} \\text{{ {things[2]}}}$" if things else f"${answer}$"
+
+
+# ---- multiple choice -----------------------------------------------------------------------------
+
+
+def read_choice(answer: str) -> str | None:
+    r"""Returns the one option, "A" to "J", that a bare or boxed text names; None if there is none.
+
+    >>> [read_choice(answer) for answer in ("c", r"\boxed{\textbf{(C)} 12 m}", "C: no", "C or D")]
+    ['C', 'C', 'C', None]
+    """
+    marked = extract_answer(answer)
+    return _option(answer if marked is None else marked)
+
+
+def find_choice(completion: str) -> str | None:
+    """Returns the option in the completion's last box, else the one that its last line names."""
+    marked = extract_answer(completion)
+    if marked is not None:
+        return _option(marked)
+    line = _undressed((completion[-MAX_CHARS:].strip().splitlines() or [""])[-1])
+    said = list(_SAYS.finditer(line))
+    if not said:
+        return _option(line) if len(line) <= len("(C).") and line.isupper() else None
+    line = line[said[-1].end() :]
+    return None if re.match("[a-j]", line) else _option(line)  # "the answer is a: ..."
+
+
+def _undressed(text: str) -> str:
+    return re.sub(r"\s+", " ", _DRESS.sub("", _INVISIBLE.sub("", text[:MAX_CHARS]))).strip()
+
+
+def _option(text: str) -> str | None:
+    text = _undressed(text)
+    found = _OPTION.match(text)
+    if found is None or _ANOTHER.match(text[found.end() :].strip()):
+        return None
+    return next(letter for letter in found.groups() if letter).upper()

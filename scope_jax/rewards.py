@@ -33,7 +33,9 @@ from scope_jax.answers import (
     as_formula,
     extract_answer,
     fast_verdict,
+    find_choice,
     normalise,
+    read_choice,
     read_gold,
 )
 
@@ -138,13 +140,53 @@ def verify_batch(
     return verdicts
 
 
+def verify_choice(gold: str, completion: str) -> bool:
+    r"""Returns whether a multiple-choice completion names the gold's option, one letter of A to J.
+
+    The completion's choice is the letter in its last closed box, however it is spelled there
+    (`\boxed{C}`, `\boxed{\text{(C)}}`, `\boxed{C. 12 m}`, ...). Without a box it is what the last
+    line says in so many words ("The answer is (C)."). More than one letter is no choice.
+
+    Raises:
+      ValueError: the gold, a bare or boxed letter, is none.
+    """
+    truth = read_choice(gold)
+    if truth is None:
+        raise ValueError(
+            f"the gold of a multiple-choice problem is no letter A to J: {gold[:80]!r}"
+        )
+    return find_choice(completion) == truth
+
+
 def score_completions(
-    fn: Callable[[str, str], bool | float], golds: Sequence[str], completions: Sequence[str]
+    fn: Callable[[str, str], bool | float],
+    golds: Sequence[str],
+    completions: Sequence[str],
+    *,
+    after: str = "",
 ) -> list[float]:
-    """Returns fn(gold, completion) of each pair as a float; `verify` runs as one batch."""
+    """Returns fn(gold, completion) of each pair as a float; `verify` runs as one batch.
+
+    Args:
+      fn: e.g. `verify` or `verify_choice`.
+      golds: one gold per completion.
+      completions: as many texts.
+      after: e.g. "</think>": only the text behind its last occurrence is checked, and a completion
+        without it is worth 0, unchecked. "": the whole text is.
+    """
+    if len(golds) != len(completions):
+        raise ValueError(f"{len(golds)} golds for {len(completions)} completions")
+    kept = [i for i, text in enumerate(completions) if after in text]
+    golds = [golds[i] for i in kept]
+    texts = [completions[i].rpartition(after)[2] if after else completions[i] for i in kept]
     if fn is verify:
-        return [float(right) for right in verify_batch(golds, completions)]
-    return [float(fn(gold, text)) for gold, text in zip(golds, completions, strict=True)]
+        found = verify_batch(golds, texts)
+    else:
+        found = [fn(gold, text) for gold, text in zip(golds, texts, strict=True)]
+    scores = [0.0] * len(completions)
+    for i, score in zip(kept, found, strict=True):
+        scores[i] = float(score)
+    return scores
 
 
 # ---- the pool, in the caller's process -----------------------------------------------------------

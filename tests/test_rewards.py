@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 import scope_jax.rewards as rewards
-from scope_jax.rewards import extract_answer, verifier_stats, verify, verify_batch
+from scope_jax.rewards import (
+    extract_answer,
+    score_completions,
+    verifier_stats,
+    verify,
+    verify_batch,
+    verify_choice,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -500,3 +507,148 @@ def test_what_the_checker_prints_is_not_taken_for_its_verdict(tmp_path):
     code = "print(rewards.verify_batch(['a', 'a'], ['#### no', '#### yes'], num_workers=1))"
     done = run_script(code, env={"PYTHONPATH": str(tmp_path)})
     assert (done.stdout, done.stderr) == ("[False, True]\n", "")
+
+
+# ---- multiple choice, and the text after a mark --------------------------------------------------
+
+SPELLINGS = [
+    r"\boxed{C}",
+    r"\boxed{c}",
+    r"\boxed{(C)}",
+    r"\boxed{(c)}",
+    r"\boxed{[C]}",
+    r"\boxed{C.}",
+    r"\boxed{C)}",
+    r"\boxed{ C }",
+    r"\boxed{\text{C}}",
+    r"\boxed{\text{(C)}}",
+    r"\boxed{\text{ (C) }}",
+    r"\boxed{\mathrm{C}}",
+    r"\boxed{\textbf{(C)}}",
+    r"\boxed{\textbf{(C) } 12}",
+    r"\boxed{\textbf{(C)}\ 12 \text{ m}}",
+    r"\boxed{\text{C. } 12\text{ m}}",
+    r"\boxed{C) 12 m}",
+    r"\boxed{c) 12 m}",
+    r"\boxed{(C)12 m}",
+    r"\boxed{C. 12 m}",
+    r"\boxed{C: the moon}",
+    r"\boxed{C:the moon}",
+    r"\boxed{\text{Option C}}",
+    r"\boxed{\text{Answer: C}}",
+    r"\boxed{$C$}",
+    r"\boxed{**C**}",
+    r"\boxed{C. A dog and a cat}",
+    r"\boxed{(C) A and not B}",
+    r"First \boxed{A}, no: \boxed{C}",
+    "#### C",
+    "C",
+    "(C).",
+    "I think.\n\n**C**\n",
+    "The answer is C",
+    "The answer is (C).",
+    "Not A.\nSo the correct answer is **(C)**.",
+    "Answer: C",
+    "ANSWER: C) 12 m",
+    "Final answer: $\\textbf{(C)}$ 12 m",
+    "Therefore the correct option is C.",
+    "The correct choice is: (C) because it floats.",
+]
+NO_C = [
+    r"\boxed{B}",
+    r"\boxed{C}, no: \boxed{B}",
+    r"\boxed{C} or rather \boxed{12}",
+    r"\boxed{A, C}",
+    r"\boxed{C, D}",
+    r"\boxed{C and D}",
+    r"\boxed{(C), (D)}",
+    r"\boxed{(C) and (D)}",
+    r"\boxed{(C) or D}",
+    r"\boxed{(C)(D)}",
+    r"\boxed{C/D}",
+    r"\boxed{c:d}",
+    r"\boxed{C = 3}",
+    r"\boxed{C+1}",
+    r"\boxed{CD}",
+    r"\boxed{Cat}",
+    r"\boxed{cold water}",
+    r"\boxed{\text{cat}}",
+    r"\boxed{3C}",
+    r"\boxed{C_2}",
+    r"\boxed{K}",
+    r"\boxed{}",
+    r"\boxed{C",
+    "",
+    "c",
+    "The answer is c: it is cold.",
+    "The answer is not C.",
+    "The answer is either (C) or (D).",
+    "The answer is (C) or (D).",
+    "The answer is Carbon.",
+    "The answer is C-14.",
+    "The answer is C.\nNo, I cannot say.",
+    "C is too warm, D is too cold.",
+    "Option C is tempting.",
+    "Is the answer (C)?",
+]
+
+
+@pytest.mark.parametrize("completion", SPELLINGS)
+def test_a_choice_is_its_letter_however_it_is_spelled(completion):
+    assert verify_choice("C", completion)
+    assert not verify_choice("B", completion) and not verify_choice("A", completion)
+
+
+@pytest.mark.parametrize("completion", NO_C)
+def test_what_does_not_clearly_choose_c_is_wrong(completion):
+    assert not verify_choice("C", completion)
+
+
+def test_every_letter_from_a_to_j_is_an_option_in_every_spelling_of_the_gold():
+    for letter in "ABCDEFGHIJ":
+        for gold in (letter, f"({letter})", f"\\boxed{{\\text{{{letter}}}}}", f"{letter}."):
+            for other in "ABCDEFGHIJ":
+                assert verify_choice(gold, f"\\boxed{{({other})}}") is (other == letter)
+
+
+@pytest.mark.parametrize("gold", ["", "K", "12", "AB", "A or B", "cold"])
+def test_a_gold_that_is_no_letter_is_an_error_of_the_data(gold):
+    with pytest.raises(ValueError, match="no letter A to J"):
+        verify_choice(gold, r"\boxed{A}")
+
+
+def test_only_the_text_behind_the_last_mark_is_checked():
+    completions = [
+        r"\boxed{7}</think>\boxed{5}",
+        r"\boxed{5}</think>\boxed{7}",
+        r"\boxed{5}",  # never stopped thinking
+        r"</think>\boxed{7} and</think> so \boxed{5}",
+        r"\boxed{5}</think>",
+        "",
+    ]
+    golds = ["5"] * 6
+    for fn in (verify, lambda gold, text: verify(gold, text)):
+        assert score_completions(fn, golds, completions, after="</think>") == [1, 0, 0, 1, 0, 0]
+        assert score_completions(fn, golds, completions) == [1, 0, 1, 1, 1, 0]
+
+
+def test_a_completion_without_the_mark_is_not_checked_at_all():
+    seen = []
+
+    def reward(gold, text):
+        seen.append((gold, text))
+        return 0.5
+
+    assert score_completions(reward, ["a", "b"], ["x", "y|z"], after="|") == [0.0, 0.5]
+    assert seen == [("b", "z")]
+    with pytest.raises(ValueError, match="2 golds for 1 completions"):
+        score_completions(reward, ["a", "b"], ["x"], after="|")
+
+
+def test_the_texts_behind_the_mark_are_one_batch(monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        rewards, "verify_batch", lambda *args: batches.append(args) or [True, False]
+    )
+    assert score_completions(verify, ["1", "2", "3"], ["a|b", "c", "d|e"], after="|") == [1, 0, 0]
+    assert batches == [(["1", "3"], ["b", "e"])]
