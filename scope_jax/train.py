@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scope_jax import checkpoint, checks, metrics
-from scope_jax.configlib import claim_workdir, load_config, one_line_errors
+from scope_jax.configlib import claim_workdir, load_config, one_line_errors, read_command
 from scope_jax.credit import assign_credit, token_returns
 from scope_jax.data import decode_completions
 from scope_jax.drawing import step_keys
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="file or shipped name, with :arg if any")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="new or to go on with")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = read_command(parser, argv)
     join_hosts()
     with end_together():
         train(load_config(args.config, overrides), args.workdir)
