@@ -227,7 +227,7 @@ def test_hostile_metrics_break_nothing(workdir):
 
 def test_a_file_without_rights_is_named(workdir, monkeypatch):
     file = workdir / "rollouts" / "step_000001.jsonl"
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != file)  # root may read all
+    monkeypatch.setattr(doctor.os, "access", lambda path, _: path != file)  # root may read all
     (finding,) = [f for f in seen(workdir)[1] if f.level == "broken"]
     assert str(file) in finding.text and "chmod" in finding.todo
 
