@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import pathlib
 import sys
 import traceback
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -219,6 +221,46 @@ def restore_params(workdir, params, step: int | None = None):
     finally:
         manager.close()
     return found["params"]
+
+
+def find_damage(workdir, *, max_bytes: float = float("inf")) -> dict[int, str]:
+    """Returns {step: what is wrong with it, "" = whole} of a workdir's checkpoints, from the newest
+    to the first that is whole. Changes nothing, and needs neither the run's model nor its devices.
+
+    Args:
+      workdir: of a training run, a local folder.
+      max_bytes: of a larger checkpoint only what it says of itself is read, not its arrays.
+    """
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    _quieten()
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    found: dict[int, str] = {}
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                sums = _note(manager, step)["sums"]
+                if folder_bytes(folder / str(step)) <= max_bytes:
+                    _compare_all(sums, folder / str(step) / "state")
+                found[step] = ""
+                break
+            except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
+                found[step] = _line(error)
+    return found
+
+
+def folder_bytes(folder) -> int:
+    """Returns how many bytes the files below a local folder have."""
+    return sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*") if file.is_file())
+
+
+def _compare_all(expected: dict[str, list], folder) -> None:
+    """As `_compare`, of all arrays in a checkpoint's folder, whatever tree they were in."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        names = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    if sorted(bit_sums(tree).values()) != sorted(map(list, expected.values())):
+        raise ValueError("the values of its arrays are not those that were saved")
 
 
 def _read(manager: ocp.CheckpointManager, state: TrainState, step: int):

@@ -5,6 +5,7 @@ A config file defines `get_config(arg: str = "") -> ConfigDict`; in `--config FI
 error that names the closest one.
 """
 
+import argparse
 import ast
 import difflib
 import functools
@@ -40,6 +41,42 @@ def one_line_errors(command: Callable[[list[str] | None], None]):
         return 0
 
     return run
+
+
+def read_command(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command's arguments; to one that got none it shows what to type, and exits with 2.
+
+    Args:
+      parser: of a command; its epilog is an example. Where it knows --config, the shipped configs
+        are shown, too, and arguments that it does not know are returned as overrides.
+      argv: the arguments; None = the process's own.
+    Returns:
+      (arguments, overrides).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    has_config = "--config" in parser.format_usage()
+    if not argv:
+        shown = [f"{parser.prog}: {parser.description}", str(parser.epilog)]
+        if has_config:
+            shown[1:1] = [
+                f"  --config {name:24}{_about(f)}" for name, f in shipped_configs().items()
+            ]
+        parser.exit(2, "\n".join([*shown, f"all options: {parser.prog} --help"]) + "\n")
+    return parser.parse_known_args(argv) if has_config else (parser.parse_args(argv), [])
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Returns the package's own config files by the name that --config takes."""
+    files = [file for folder in _SHIPPED for file in folder.glob("[a-z]*.py")]
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
+
+
+def _about(file: pathlib.Path) -> str:
+    """Returns the first paragraph of a config's docstring."""
+    told = ast.get_docstring(ast.parse(file.read_text())) or ""
+    return " ".join(told.split("\n\n")[0].split())
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
@@ -155,11 +192,8 @@ def _load_module(path: str):
         candidates += [folder.parent / path for folder in _SHIPPED]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
-        shipped = sorted(f.stem for folder in _SHIPPED for f in folder.glob("[a-z]*.py"))
-        raise InputError(
-            f"config file {path} does not exist; shipped configs: "
-            + ", ".join(dict.fromkeys(shipped))
-        )
+        shipped = ", ".join(shipped_configs())
+        raise InputError(f"config file {path} does not exist; shipped configs: {shipped}")
     module_spec = importlib.util.spec_from_file_location(f"scope_jax_config_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from scope_jax.checkpoint import restore_params
-from scope_jax.configlib import lora_options, one_line_errors, run_config
+from scope_jax.configlib import lora_options, one_line_errors, read_command, run_config
 from scope_jax.models.hf import (
     config_from_hf,
     config_to_hf,
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="of a LoRA run: write its A and B alone, as PEFT reads them (default: merged)",
     )
-    args = parser.parse_args(argv)
+    args, _ = read_command(parser, argv)
     source = export(args.workdir, args.out, step=args.step, dtype=args.dtype, adapter=args.adapter)
     size = sum(f.stat().st_size for f in pathlib.Path(args.out).glob("*.safetensors"))
     told = f"an adapter of {source}" if args.adapter else f"tokenizer of {source}"

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from scope_jax.configlib import load_config, lora_options, one_line_errors
+from scope_jax.configlib import load_config, lora_options, one_line_errors, read_command
 from scope_jax.hardware import GIB, Chip, topology_devices
 from scope_jax.hlo import Estimate, estimate, parse
 from scope_jax.models.flops import causal_pairs, forward_flops
@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:2x2x2, v6e:4x4, ..")
     parser.add_argument("--tokens", type=float, help="of a completion, on average (the longest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = read_command(parser, argv)
     # Before JAX looks for devices: it plans for others than the machine has.
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu looks for the machine's metadata otherwise

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from scope_jax.calibration import process_bench
-from scope_jax.configlib import one_line_errors
+from scope_jax.configlib import one_line_errors, read_command
 from scope_jax.data import decode_completions, decode_steps, tokenize_prompts
 from scope_jax.models.hf import save_hf
 from scope_jax.models.kv_cache import positions_from_mask
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         help="updates of the policy (2400 for the worksheet, 1500 for the ledger)",
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=64, help="problems a batch")
-    args = parser.parse_args(argv)
+    args, _ = read_command(parser, argv)
     text = TEXTS[args.task]
     steps = text.steps if args.steps is None else args.steps
     if steps < 8 or args.rows < 8:

@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scope_jax import checkpoint, checks, metrics
-from scope_jax.configlib import claim_workdir, load_config, one_line_errors
+from scope_jax.configlib import claim_workdir, load_config, one_line_errors, read_command
 from scope_jax.credit import assign_credit, token_returns
 from scope_jax.data import decode_completions
 from scope_jax.drawing import step_keys
@@ -48,9 +48,6 @@ from scope_jax.splicing import insert_rows, splice_rollouts
 from scope_jax.update import init_state, put_minis, update_policy
 
 Rows = dict[str, Any]
-
-
-# ------------------------------------------------------------------------------ sample, verify
 
 
 def sample(run: Run, config: ConfigDict, params, records, prompts, key) -> tuple[Rows, dict]:
@@ -76,9 +73,6 @@ def verify(run: Run, rows: Rows, records) -> Pending:
     texts = decode_completions(run.policy.tokenizer, rows["ids"], rows["mask"])
     golds = [records[i]["gold"] for i in rows["record"]]
     return Pending(run.timer, "verify", run.policy.rewards, golds, texts)
-
-
-# ------------------------------------------------------------------------------ score, repair
 
 
 def score(run: Run, config: ConfigDict, params, key, rows: Rows, records):
@@ -157,9 +151,6 @@ def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, ke
     return repaired, measured, trace
 
 
-# ------------------------------------------------------------------------------ learn
-
-
 def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[TrainState, dict]:
     """Turns a step's rows into advantages and takes `mini_batches` optimizer updates."""
     mesh, slots = run.policy.mesh, len(rows["rewards"]) // (rows["record"][-1] + 1)
@@ -183,9 +174,6 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     return state, metrics.learning_metrics(infos, per_row.reshape(-1, slots))
 
 
-# ------------------------------------------------------------------------------ the loop
-
-
 def training_step(run: Run, config: ConfigDict, state: TrainState, data, step: int) -> Any:
     """Takes a step; returns (state, problems, rows as sampled, as trained on, trace, metrics)."""
 
@@ -196,8 +184,7 @@ def training_step(run: Run, config: ConfigDict, state: TrainState, data, step: i
     checks.check_weights(int(jax.device_get(state.step)), step)
     verified = verifier_stats()
     on_device = replicate(np.int32(step), run.policy.mesh)
-    repeats = {"attempts": config.correct.attempts, "refills": config.refill.rounds}
-    keys = step_keys(run.seed_key, on_device, **repeats)
+    keys = step_keys(run.seed_key, on_device, config.correct.attempts, config.refill.rounds)
     records, rows, measured = draw(keys[0])
     verdicts = rows["rewards"]  # still being found, while the PRM scores
     below = config.reward.solved_at if config.refill.all_wrong == "repair" else None
@@ -292,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="file or shipped name, with :arg if any")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="new or to go on with")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = read_command(parser, argv)
     join_hosts()
     with end_together():
         train(load_config(args.config, overrides), args.workdir)

@@ -27,7 +27,7 @@ import optax
 
 from scope_jax import checkpoint
 from scope_jax.calibration import process_bench, threshold_sweep
-from scope_jax.configlib import claim_workdir, load_object, one_line_errors
+from scope_jax.configlib import claim_workdir, load_object, one_line_errors, read_command
 from scope_jax.metrics import Writer
 from scope_jax.models.hf import load_hf, load_tokenizer
 from scope_jax.models.kv_cache import positions_from_mask
@@ -464,7 +464,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args, _ = read_command(make_parser(), argv)
     for name in ("rows", "reads", "total_steps", "max_length", "eval_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
