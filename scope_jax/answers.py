@@ -110,7 +110,7 @@ def normalise(answer: str) -> str:
     answer = re.sub(r",\\! *(?=[0-9]{3})", ",", answer)  # 11,\! 111 as MATH writes it
     answer = answer.replace("\\!", "").replace("{,}", ",").replace("\\%", "%").replace("−", "-")
     answer = re.sub(r"(?<!\\)\\[,;: ]", " ", answer)
-    answer = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", answer)
+    answer = re.sub(r"\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", "", answer)
     answer = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", answer)
     answer = re.sub(r"\s+", " ", answer)
     answer = re.sub(r" ?([-+*/=^(){}<>]) ?", r"\1", answer).strip().rstrip(". ")
