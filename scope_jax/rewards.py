@@ -31,12 +31,13 @@ from scope_jax import answer_worker
 from scope_jax.answers import (
     MAX_CHARS,
     as_formula,
+    compare,
     extract_answer,
-    fast_verdict,
     find_choice,
     normalise,
     read_choice,
     read_gold,
+    rewrite,
 )
 
 MAX_BARE_CHARS = 200  # an unmarked one-line completion up to this may itself be the answer
@@ -117,19 +118,23 @@ def verify_batch(
     verdicts = [False] * len(golds)
     undecided: dict[_Request, list[int]] = {}
     for i, (gold, completion) in enumerate(zip(golds, completions, strict=True)):
-        truth, marked = read_gold(gold), extract_answer(completion)
-        tail = completion[-MAX_CHARS:]
-        answer = normalise(tail if marked is None else marked)
-        if not truth:
+        marked, tail = extract_answer(completion), completion[-MAX_CHARS:]
+        if not read_gold(gold):
             raise ValueError(f"gold {i} has no answer: {gold[:80]!r}")
-        verdict = fast_verdict(truth, answer)
-        if verdict is not None:
+        of_gold = extract_answer(gold)
+        of_gold = gold if of_gold is None else of_gold
+        # An unmarked short line may itself be the answer, but need not: only a few words must.
+        bare = len(tail) <= MAX_BARE_CHARS and "\n" not in completion.strip()
+        verdict = compare(of_gold, tail if marked is None else marked)
+        if verdict is True or (verdict is False and (marked is not None or len(tail.split()) < 4)):
             verdicts[i] = verdict
             continue
+        truth, answer = (
+            (normalise(of_gold), normalise(tail)) if isinstance(verdict, bool) else verdict
+        )
         readings = (as_formula(answer),)
         if marked is None:
-            bare = len(answer) <= MAX_BARE_CHARS and "\n" not in completion.strip()
-            readings = (tail, *readings) if bare else (tail,)
+            truth, readings = rewrite(normalise(of_gold)), (tail, *readings[:bare])
         undecided.setdefault((as_formula(truth), readings), []).append(i)
     if undecided:
         with _LOCK:
