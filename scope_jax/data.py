@@ -184,7 +184,7 @@ class Prepared(Sequence):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._rows[index]
@@ -265,7 +265,7 @@ class Mixture(Sequence):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> Any:
         row = range(len(self))[index]
         if isinstance(row, range):
             return [self[i] for i in row]

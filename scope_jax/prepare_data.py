@@ -1,7 +1,7 @@
 """Makes a directory of training problems from Parquet and JSONL files: filtered, counted, shuffled.
 
     python -m scope_jax.prepare_data --data openr1_math_46k.parquet --out problems \\
-        --exclude math500.jsonl.gz aime24.parquet --tokenizer Qwen2.5-Math-7B --max-prompt-tokens 1024
+        --exclude math500.jsonl.gz aime24.parquet --tokenizer qwen --max-prompt-tokens 1024
 
 DIR holds ArrayRecord shards (a JSON object {"id", "problem", "gold", "solution"}, perhaps "system"
 and "row_id", each) and manifest.json: schema, sources with their sha256, what every filter removed,
@@ -10,12 +10,12 @@ give the same bytes. DIR appears whole or not at all.
 
 The filters, in this order; a row counts for the first that removes it, and read = kept + removed:
 
-    bad_line             no JSON, no problem, no answer, an id twice; an error unless --bad-lines skip
+    bad_line             no JSON, no problem, an id twice; an error unless --bad-lines skip
     long_problem, long_solution                     characters
     long_prompt, long_solution_tokens               tokens, with --tokenizer
     excluded             the problem is one of --exclude, by its normal text (decontamination)
     too_hard, too_easy   its pass rate is out of the range
-    unverifiable_gold    `verify` does not find the gold equal to itself in a box
+    unverifiable_gold    there is no gold, or `verify` does not find it equal to itself in a box
     duplicate            an earlier row that stayed has the same problem, by its normal text
 
 Normal text (`math_problems.normal_text`) is the problem less its layout; a problem that is worded
@@ -73,16 +73,24 @@ WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a chunk: what random access
 Removes = Callable[[dict[str, Any]], str | None]  # record -> the filter that removes it, if one
 
 
-def prepare(files: list[str], removes: list[Removes], counts: collections.Counter, bad: list):
+def prepare(
+    files: list[str],
+    removes: list[Removes],
+    counts: collections.Counter,
+    bad: list[dict[str, Any]],
+    *,
+    drop_system: bool = False,
+) -> Iterator[dict[str, Any]]:
     """Yields the records of some files that stay.
 
     Args:
       removes: filters in their order.
+      drop_system: leave out the system messages that problems came with.
       counts: gets "read", "kept" and the rows that each filter removed.
       bad: gets the bad lines, {"file", "line", "reason"}.
     """
     seen: set[bytes] = set()
-    records = _read(files, removes, counts, bad)
+    records = _read(files, removes, counts, bad, drop_system)
     while batch := list(itertools.islice(records, VERIFIED_AT_A_TIME)):
         for record, right in zip(batch, _verifiable(batch), strict=True):
             text = hashlib.sha256(normal_text(record["problem"]).encode()).digest()
@@ -96,7 +104,7 @@ def prepare(files: list[str], removes: list[Removes], counts: collections.Counte
                 yield record
 
 
-def _read(files, removes, counts, bad) -> Iterator[dict[str, Any]]:
+def _read(files, removes, counts, bad, drop_system) -> Iterator[dict[str, Any]]:
     for file in files:
         lines: dict[str | int, str] = {}
         for number, row in stream_rows(file):
@@ -110,6 +118,8 @@ def _read(files, removes, counts, bad) -> Iterator[dict[str, Any]]:
                 counts["bad_line"] += 1
                 bad.append({"file": str(file), "line": number, "reason": str(error)})
                 continue
+            if drop_system:
+                record.pop("system", None)
             found = next(filter(None, (remove(record) for remove in removes)), None)
             if found:
                 counts[found] += 1
@@ -211,11 +221,15 @@ def write_shards(
     counts, records = [], iter(records)
     while some := list(itertools.islice(records, 1)):
         file = folder / f"{len(counts):05d}.arrayrecord"
-        writer, count = ArrayRecordWriter(str(file), WRITER_OPTIONS), 0
-        for record in itertools.chain(some, itertools.islice(records, records_per_shard - 1)):
-            writer.write(json.dumps(record, ensure_ascii=False).encode())
-            count += 1
-        writer.close()
+        count = 0
+        try:
+            writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+            for record in itertools.chain(some, itertools.islice(records, records_per_shard - 1)):
+                writer.write(json.dumps(record, ensure_ascii=False).encode())
+                count += 1
+            writer.close()
+        except RuntimeError as error:  # a full disk
+            raise InputError(f"cannot write {file}: {' '.join(f'{error}'.split())}") from None
         counts.append(count)
     names = [f"problems-{i:05d}-of-{len(counts):05d}.arrayrecord" for i in range(len(counts))]
     for i, name in enumerate(names):
@@ -264,7 +278,9 @@ def _sources(files: list[str]) -> list[dict[str, str]]:
     return found
 
 
-def _shuffled(records: Iterable[dict[str, Any]], folder: pathlib.Path, seed: int):
+def _shuffled(
+    records: Iterable[dict[str, Any]], folder: pathlib.Path, seed: int
+) -> Iterator[dict[str, Any]]:
     """Yields the records in the order of a seed; they wait on the disk meanwhile."""
     folder.mkdir()
     write_manifest(folder, {"shards": write_shards(records, folder, 1 << 62)})
@@ -280,9 +296,9 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[st
     counts: collections.Counter = collections.Counter()
     bad: list[dict[str, Any]] = []
     filters, about = make_filters(args, counts)
-    records = prepare(args.data, filters, counts, bad)
-    if args.drop_system:
-        records = ({k: v for k, v in record.items() if k != "system"} for record in records)
+    records: Iterable[dict[str, Any]] = prepare(
+        args.data, filters, counts, bad, drop_system=args.drop_system
+    )
 
     def finish(shards):
         if bad and args.bad_lines == "strict":

@@ -29,7 +29,7 @@ FLOORS = [
     + ["tasks.math_problems", "sampling", "rewards", "prm", "scorers", "endpoint", "teachers"]
     + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
     ["roles", "run", "evaluate", "evaluate_prm", "export", "monte_carlo", "train_prm"]
-    + ["pretrain", "pretrain_texts", "programs", "plan"],
+    + ["pretrain", "pretrain_texts", "prepare_data", "programs", "plan"],
     ["train"],
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.

@@ -43,8 +43,8 @@ def problems(
     bad_lines: str = "strict",
     mix: Sequence[tuple[str, float]] = (),
     pass_rates: str = "",
-    min_pass_rate: float = 0.0,
-    max_pass_rate: float = 1.0,
+    min_pass_rate: float | None = 0.0,
+    max_pass_rate: float | None = 1.0,
 ) -> Sequence[dict[str, Any]]:
     """Returns the problems of a split ("train", "test" or "ood") as {"id", "problem", "gold",
     "solution"}, perhaps with the "system" message that the problem came with: `Problems` of a file,
@@ -69,12 +69,13 @@ def problems(
         raise InputError(
             f"no data file for the {split} split: set --config.task.{split}_file=FILE.jsonl[.gz]"
         )
-    if not 0 <= min_pass_rate <= max_pass_rate <= 1:
+    low = 0.0 if min_pass_rate is None else min_pass_rate
+    high = 1.0 if max_pass_rate is None else max_pass_rate
+    if not 0 <= low <= high <= 1:
         raise InputError(
-            f"task.min_pass_rate={min_pass_rate} and max_pass_rate={max_pass_rate} are no range "
-            "in 0 .. 1"
+            f"task.min_pass_rate={low} and max_pass_rate={high} are no range in 0 .. 1"
         )
-    if (min_pass_rate, max_pass_rate) != (0, 1) and not pass_rates:
+    if (low, high) != (0, 1) and not pass_rates:
         raise InputError("task.min_pass_rate and max_pass_rate need --config.task.pass_rates=FILE")
     if split != "train":
         return read_problems(files[split], bad_lines)
@@ -82,7 +83,7 @@ def problems(
     sources = [read_problems(file, bad_lines) for file in (train_file, *(one[0] for one in mix))]
     if pass_rates:
         rates = read_pass_rates(pass_rates)
-        sources = [_in_range(s, rates, min_pass_rate, max_pass_rate) for s in sources]
+        sources = [_in_range(s, rates, low, high) for s in sources]
         if not any(len(source) for source in sources):
             raise InputError(f"{pass_rates} leaves no training problem: widen the range of rates")
         if all(len(source) == source.rated["without_rate"] for source in sources):
@@ -182,6 +183,9 @@ def _weights(mix: Any) -> list[float]:
 def _problem(row: dict, lines: dict[str | int, str]) -> dict:
     """Returns the problem of a row; `lines` holds where each explicit id was seen."""
     problem = read_problem(row)
+    if not problem["gold"]:
+        marked = "####" in problem["solution"]
+        raise InputError('no answer after "####"' if marked else 'no "answer"')
     if not read_gold(problem["gold"]):
         raise InputError(f'"answer" holds nothing to compare with: {problem["gold"]!r:.60}')
     check_id(row, lines)
@@ -201,7 +205,8 @@ def check_id(row: dict, lines: dict[str | int, str]) -> None:
 
 def read_problem(row: dict) -> dict[str, str]:
     """Returns {"id", "problem", "gold", "solution"} of a row in any of the layouts above, with
-    "system" and "row_id" where it has them. The gold is as the row has it, unchecked.
+    "system" and "row_id" where it has them. The gold is as the row has it, unchecked, "" where
+    there is none.
 
     Raises:
       InputError: why the row is none of them.
@@ -218,13 +223,12 @@ def read_problem(row: dict) -> dict[str, str]:
         answer = extract_answer(solution)
     if type(answer) is int or (isinstance(answer, float) and math.isfinite(answer)):
         answer = str(answer)
-    answer = _text(answer, 'no "answer"')
+    blank = answer is None or (isinstance(answer, str) and not answer.strip())
+    answer = "" if blank else _text(answer, 'no "answer"')
     solution = _text(solution, "") if solution and solution.strip() else ""
     if "####" in answer:
         solution, answer = answer, answer.rsplit("####", 1)[1].strip()
-        if not answer:
-            raise InputError('no answer after "####"')
-    elif "question" in row:
+    elif "question" in row and answer:
         raise InputError('GSM8K\'s answer ends in "#### gold", this one does not')
     own = {} if row.get("id") is None else {"row_id": f"{row['id']}"}
     own |= {"system": system} if system else {}
