@@ -7,7 +7,7 @@ import concurrent.futures
 import copy
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from scope_jax.configlib import load_object
-from scope_jax.data import ahead, decode_completions, prompt_iterator
+from scope_jax.data import Ahead, decode_completions, prompt_iterator
 from scope_jax.metrics import Timer
 from scope_jax.monte_carlo import success_rates
 from scope_jax.records import (
@@ -37,6 +37,8 @@ from scope_jax.update import make_optimizer, reference
 BoundScorer = Callable[..., tuple[StepScores, dict[str, int]]]
 BoundTeacher = Callable[..., Continuations]
 
+PROMPTS_CHECKED = 16  # at the start
+
 
 class Run(NamedTuple):
     """What does not change during a run."""
@@ -50,26 +52,29 @@ class Run(NamedTuple):
     seed_key: jax.Array
     timer: Timer
     skipped: list[dict[str, Any]]  # lines of the data files that were left out
-    after_step: Callable[
-        [int, dict], dict | None
-    ]  # the user's own: (step, metrics) -> more of them
+    notes: Sequence[str]  # what else there is to say of the data
+    after_step: Callable[[int, dict], dict | None]  # the user's own; returns more metrics
 
 
 def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
     policy, params = load_policy(config)
     problems = policy.problems("train")
-    splits = ("train", config.eval.split, *(("ood",) if config.eval.ood else ()))
+    others = (config.eval.split, *(("ood",) if config.eval.ood else ()))
+    all_splits = [problems, *(policy.problems(split) for split in others)]
     batches = prompt_iterator(
         problems, batch_size=config.data.prompts_per_step, seed=config.seed,
         part=host_part(policy.mesh),
     )  # fmt: skip
+    # A prompt that does not fit stops the run before it starts (of what is made or read when asked
+    # for: the first few).
+    sources = getattr(problems, "sources", (problems,))
+    for source in sources:
+        few = range(min(PROMPTS_CHECKED, len(source)))
+        policy.tokenize(source if isinstance(source, list) else [source[i] for i in few])
     # The next batch is tokenised beside the step, by a tokenizer of its own (see Pending).
-    data = ahead(
-        batches, functools.partial(policy.tokenize, tokenizer=copy.deepcopy(policy.tokenizer))
-    )
-    # A prompt that does not fit stops the run before it starts (of a task's: the first one).
-    policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    data = Ahead(batches, functools.partial(policy.tokenize, tokenizer=tokenizer))
     plain, teacher = load_scorer(config, policy, params), load_teacher(config, policy, workdir)
     scorer = plain and (lambda requests, key, params: plain(requests))  # noqa: ARG005
     if config.locate.locator == "monte_carlo" and config.correct.n_correct:
@@ -90,7 +95,12 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
         ref_params=reference(params) if config.loss.kl_coef else None,
         seed_key=jax.random.key(config.seed),
         timer=Timer(),
-        skipped=[line for s in splits for line in getattr(policy.problems(s), "skipped", ())],
+        skipped=[line for split in all_splits for line in getattr(split, "skipped", ())],
+        notes=[
+            "pass rates: " + ", ".join(f"{count} {name}" for name, count in source.rated.items())
+            for source in sources
+            if hasattr(source, "rated")
+        ],
         after_step=load_object(after_step, "hooks.after_step") if after_step else _no_hook,
     )
     return run, params, data

@@ -8,11 +8,9 @@ import sys
 
 import pytest
 
-from experiments import check_grading
-from scope_jax.answers import compare, normalise, rewrite
+from scope_jax.answers import normalise
 from scope_jax.data import read_jsonl
-from scope_jax.rewards import verifier_stats, verify, verify_batch
-from scope_jax.units import comparable, split_unit
+from scope_jax.rewards import verify_batch
 from tests.answer_pairs import PAIRS
 
 ROOT = pathlib.Path(__file__).parents[1]
