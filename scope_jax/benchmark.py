@@ -97,7 +97,7 @@ def read_sets(
         names = [f"{chosen.key}{suffix}" for suffix in (".parquet", ".jsonl", ".jsonl.gz")]
         names += [chosen.luffy_file] if chosen.luffy_file else []
         file = next((folder / n for n in names if data_dir and (folder / n).is_file()), None)
-        skipped[chosen.key] = f"{' or '.join(names)} is not in data_dir" if data_dir else "no file"
+        skipped[chosen.key] = f"{', '.join(names)}: none is in data_dir" if data_dir else "no file"
         if file is not None and file.name != chosen.luffy_file:
             found[chosen.key] = read_set(file, chosen)
         elif file is not None:  # it may hold other sets than this

@@ -261,7 +261,8 @@ def _measure_sets(args: argparse.Namespace, config: ConfigDict, workdir: str | N
         slots=config.sample.slots,
     )  # fmt: skip
     if jax.process_index() == 0:
-        found = results(samples, record["sets"], config.reward.solved_at) | {"skipped": skipped}
+        found = results(samples, record["sets"], config.reward.solved_at)
+        found["skipped"] = skipped
         write_json(out / "results.json", found)
         _print_results(found, record["sets"], sets, f"{workdir or config.model.path}", notes)
         accuracy = {key: figures["accuracy"] for key, figures in found["sets"].items()}
