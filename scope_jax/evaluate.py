@@ -256,7 +256,7 @@ def _measure_sets(args: argparse.Namespace, config: ConfigDict, workdir: str | N
     samples = complete_samples(
         policy, params, kept, problems, out / "samples.jsonl",
         seed=config.seed, batch_size=config.eval.batch_size, after=config.reward.after,
-        reward_fn=load_object(config.reward.fn, "reward.fn"), prompt=config.prompt.to_dict(),
+        reward_fn=load_object(config.reward.fn, "reward.fn"),
         max_new_tokens=config.eval.max_new_tokens, temperature=config.eval.temperature,
         slots=config.sample.slots,
     )  # fmt: skip
