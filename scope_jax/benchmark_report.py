@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from scope_jax.answers import number
@@ -163,22 +164,24 @@ def accuracy_tables(found: dict[str, Any], sets: dict[str, dict[str, Any]], of: 
 
 
 def detail_table(found: dict[str, Any], sets: dict[str, dict[str, Any]]) -> Table:
-    """Returns the table of all other figures: pass@k and maj@k of all samples, diversity (TD, ED,
-    distinct answers), length and truncation."""
+    """Returns the table of all other figures, in 80 columns: pass@k and maj@k of all samples in per
+    cent, diversity, mean length in tokens, per cent that were cut off and that mark no answer.
+    """
     table = Table(
-        "set", "pass@k", "maj@k", "k", "TD", "ED", "answers", "tokens", "cut off", "no answer",
-        title="Samples", title_justify="left",
+        "set", "k", "pass@k", "maj@k", "TD", "ED", "answers", "tokens", "cut", "none",
+        title="Samples (TD, ED: diversity; answers: different ones / k)", title_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for key, entry in sets.items():
         figures = found["sets"][key]
         k, spread = figures["samples"], figures.get("diversity")
         names = ("textual_diversity", "equation_diversity", "distinct_answers")
         table.add_row(
-            entry["name"], f"{100 * figures['pass@k'][str(k)]:.1f}",
-            f"{100 * figures['maj@k']:.1f}", str(k),
+            entry["name"], str(k), f"{100 * figures['pass@k'][str(k)]:.1f}",
+            f"{100 * figures['maj@k']:.1f}",
             *(f"{spread[name]:.3f}" if spread else "-" for name in names),
-            f"{figures['tokens']:.0f}", f"{100 * figures['truncated']:.1f} %",
-            f"{100 * figures['unanswered']:.1f} %",
+            f"{figures['tokens']:.0f}", f"{100 * figures['truncated']:.1f}",
+            f"{100 * figures['unanswered']:.1f}",
         )  # fmt: skip
     return table
 
@@ -300,7 +303,7 @@ def _check_same(out_a, sets_a: dict, out_b, sets_b: dict) -> None:
 def _by_problem(samples: Sequence[Sample], config: dict[str, Any]) -> dict[str, list[float]]:
     """Returns {set: accuracy of each of its problems}."""
     solved_at, found = float(config["reward"]["solved_at"]), {}
-    for (key, _), rows in itertools.groupby(samples, lambda s: (s["set"], s["problem"])):
+    for (key, _), rows in itertools.groupby(samples, lambda s: (s["set"], s["index"])):
         found.setdefault(key, []).append(_mean([row["reward"] >= solved_at for row in rows]))
     return found
 

@@ -256,12 +256,13 @@ def _measure_sets(args: argparse.Namespace, config: ConfigDict, workdir: str | N
     samples = complete_samples(
         policy, params, kept, problems, out / "samples.jsonl",
         seed=config.seed, batch_size=config.eval.batch_size, after=config.reward.after,
-        reward_fn=load_object(config.reward.fn, "reward.fn"), prompt=config.prompt.to_dict(),
+        reward_fn=load_object(config.reward.fn, "reward.fn"),
         max_new_tokens=config.eval.max_new_tokens, temperature=config.eval.temperature,
         slots=config.sample.slots,
     )  # fmt: skip
     if jax.process_index() == 0:
-        found = results(samples, record["sets"], config.reward.solved_at) | {"skipped": skipped}
+        found = results(samples, record["sets"], config.reward.solved_at)
+        found["skipped"] = skipped
         write_json(out / "results.json", found)
         _print_results(found, record["sets"], sets, f"{workdir or config.model.path}", notes)
         accuracy = {key: figures["accuracy"] for key, figures in found["sets"].items()}

@@ -79,7 +79,7 @@ def test_methods_change_only_keys_that_exist(method):
 
 
 def test_a_missing_config_lists_the_shipped_ones():
-    shipped = "gsm8k_smollm2, ledger, openr1_qwen7b, word_problems_smollm2, worksheet"
+    shipped = "eval_math, gsm8k_smollm2, ledger, openr1_qwen7b, word_problems_smollm2, worksheet"
     with pytest.raises(InputError, match=shipped):
         load_config("workshet", [])
 
