@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from scope_jax.records import PAD, POLICY, CorrectionRequests, Rollouts
-from scope_jax.teachers import dataset_teacher, model_teacher, remaining_solution
+from scope_jax.teachers import dataset_teacher, model_teacher
 
 POLICY_EOS, TEACHER_EOS = 0, 9
 
@@ -92,71 +92,6 @@ CLIPS = "In May 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72 clips
 FIRST, SECOND, ANSWER = "In May 48/2 = 24 clips.", "In all 48+24 = 72 clips.", "#### 72"
 
 
-@pytest.mark.parametrize(
-    ("prefix", "lines"),
-    [
-        ("", [FIRST, SECOND, ANSWER]),
-        ("She sold 24 clips in May.\n", [SECOND, ANSWER]),
-        ("In May: 24.", [SECOND, ANSWER]),  # the full stop is no decimal point
-        ("In May: 24, I think", [SECOND, ANSWER]),
-        ("May: $24\nAll: 48+24=72\n", [ANSWER]),  # the answer line stays
-        ("May: 24. All: 72. #### 72", [ANSWER]),
-        ("All: 72\nMay: 24\n", [SECOND, ANSWER]),  # 72 stands before 24
-        ("All: 72\n", [FIRST, SECOND, ANSWER]),  # later results without the first
-        ("In May 48/2 = 12 clips.\n", [FIRST, SECOND, ANSWER]),
-    ],
-)
-def test_solution_goes_on_after_the_results_that_the_prefix_has_in_order(prefix, lines):
-    assert remaining_solution(CLIPS, prefix) == "\n".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("result", "prefix", "reached"),
-    [
-        ("24", "24", True),
-        ("24", "240", False),
-        ("24", "124", False),
-        ("24", "24.5", False),
-        ("24", "0.24", False),
-        ("24", "x=24.", True),
-        ("24", "24,000", False),
-        ("500", "1,500", False),
-        ("1,500", "1500 pens", True),
-        ("1500", "1,500 pens", True),
-        ("1,500", "1,500,000", False),
-        ("1,500", "1", False),
-        ("0.2", "0.2 per minute", True),
-        ("0.2", "10.2", False),
-        ("0.2", "0.25", False),
-        ("0.5", "0.50", True),
-        ("-5", "-5", True),
-        ("5", "-5", False),
-        ("5", "10-5=5", True),
-        ("5", "10-5", False),  # an operand with its sign is not the result
-    ],
-)
-def test_result_is_reached_only_as_a_whole_number(result, prefix, reached):
-    solution = f"It is {result}\n#### 3"
-    assert remaining_solution(solution, f"So: {prefix}\n") == ("#### 3" if reached else solution)
-
-
-def test_equal_results_must_stand_as_often_as_the_solution_has_them():
-    solution = "a = 5\nb = 5\nc = 6\n#### 6"
-    assert remaining_solution(solution, "a is 5.\n") == "b = 5\nc = 6\n#### 6"
-    assert remaining_solution(solution, "a is 5, b is 5.\n") == "c = 6\n#### 6"
-
-
-def test_line_without_a_number_is_written_again_with_all_that_follows():
-    solution = "Let us see.\na = 5\n#### 5"
-    assert remaining_solution(solution, "a is 5.\n") == solution
-
-
-def test_last_number_of_a_line_is_its_result():
-    solution = "3 bags of 4 make 12 pens\nhalf of 12 is 6\n#### 6"
-    assert remaining_solution(solution, "3 times 4 pens\n") == solution
-    assert remaining_solution(solution, "12 pens\n") == "half of 12 is 6\n#### 6"
-
-
 def write(prefixes, budgets, solutions, max_new_tokens=80):
     """Returns (texts without the end token, ends with the policy's?, the continuations)."""
     teach = dataset_teacher(Characters(), policy_eos_id=POLICY_EOS, max_new_tokens=max_new_tokens)
@@ -201,7 +136,7 @@ def test_solution_and_end_token_must_fit_the_budget():
 
 def test_budget_beyond_the_buffer_is_the_buffer_s():
     texts, closed = write(
-        ["24 and 72"] * 2, [80, 80], [CLIPS, "#### 7"], max_new_tokens=len(ANSWER)
+        ["24 and 72", ""], [80, 80], [CLIPS, "#### 7"], max_new_tokens=len(ANSWER)
     )
     assert texts == [ANSWER, "#### 7"]
     assert closed == [False, True]
