@@ -18,9 +18,10 @@ from scope_jax.steps import Splitter, segment_steps
 
 # Two steps are taken for the same from this similarity on; experiments/ASSUMPTIONS.md has why.
 MIN_SIMILARITY = 0.6
-FORMULA_WEIGHT = 3.0  # of a number, operator, LaTeX command or variable; a word weighs 1
+FORMULA_WEIGHT = 5.0  # of a number, variable or LaTeX command; a word or operator weighs 1
 
 _NOTE = re.compile(r"<<([^<>]*)>>")  # GSM8K's calculator notes: 48/2 = <<48/2=24>>24
+_ANSWER = re.compile(r"^####", re.M)  # its last line: #### 72
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _CLAUSE = re.compile(r"\n|[.,;:!?](?=\s|$)|\band\b")  # what lies between is a clause
 _TOKEN = re.compile(r"\\[A-Za-z]+|\d[\d,]*(?:\.\d+)?|[^\W\d_]+|[-+*/=^<>]")
@@ -55,7 +56,7 @@ def align_trace(
       splitter: of the policy's steps; a trace with no such place is cut into lines.
       min_similarity: see `similarity`.
     """
-    has_results = _NOTE.search(trace) is not None or "\n####" in trace
+    has_results = _NOTE.search(trace) is not None or _ANSWER.search(trace) is not None
     noted = split_text(trace.strip(), "\n" if has_results else splitter)
     noted = noted if len(noted) > 1 else split_text(trace.strip(), "\n")
     steps = [_NOTE.sub("", step) for step in noted]
@@ -165,8 +166,8 @@ def similarity(one: str, other: str) -> float:
     """Returns how much of two steps is the same, 0 to 1: twice the weight of the tokens that they
     share over the weight of all they have. Order does not count; formulas weigh more than words.
 
-    >>> similarity("So x = 4", "Then x = 4"), similarity("So x = 4", "So x = 5")
-    (0.9, 0.7)
+    >>> round(similarity("So x = 4", "Then x = 4"), 2), round(similarity("So x = 4", "So x = 5"), 2)
+    (0.92, 0.58)
     """
     return _overlap(_weights(one), _weights(other))
 
@@ -175,7 +176,8 @@ def _weights(step: str) -> dict[str, float]:
     """Returns the weight of each distinct token of a step."""
     weights: dict[str, float] = collections.defaultdict(float)
     for token in _TOKEN.findall(step.lower()):
-        formula = not token[0].isalpha() or (len(token) == 1 and token not in "ai")
+        variable = len(token) == 1 and token.isalpha() and token not in "ai"  # "a" is a word
+        formula = variable or token[0] in "\\0123456789"
         weights[token.replace(",", "")] += FORMULA_WEIGHT if formula else 1.0
     return weights
 

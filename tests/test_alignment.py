@@ -168,9 +168,10 @@ def reworded(rng, step):
 
 
 def test_similarity_is_weighted_overlap():
-    # shared: 4 at weight 3; all: (1 + 3) + (1 + 1 + 3)
-    assert similarity("is 4", "so it 4") == pytest.approx(2 * 3 / (4 + 5))
-    assert similarity("a b b", "b b c") == pytest.approx(2 * 6 / (1 + 6 + 6 + 3))  # "a" is a word
+    # shared: 4 at weight 5; all: (1 + 5) + (1 + 1 + 5)
+    assert similarity("is 4", "so it 4") == pytest.approx(2 * 5 / (6 + 7))
+    assert similarity("a b b", "b b c") == pytest.approx(2 * 10 / (11 + 15))  # "a" is a word
+    assert similarity("2 + 3", "2 - 3") == pytest.approx(2 * 10 / (11 + 11))
     assert similarity("1,500 = x", "x = 1500") == 1.0
     assert similarity("", "x") == similarity("", "") == similarity("x", "y") == 0.0
     assert similarity(r"\frac{1}{2}", r"\FRAC{1}{2}") == 1.0
@@ -198,9 +199,9 @@ def test_a_reworded_prefix_is_continued_behind_its_last_step():
 
 
 def test_min_similarity_is_the_threshold():
-    trace = "so it 4\n\nthen 5 = y\n\n"  # "is 4" is 6 / 9 the same as its first step
-    assert align_trace(trace, "is 4\n\n", min_similarity=6 / 9) == ["then 5 = y"]
-    assert align_trace(trace, "is 4\n\n", min_similarity=6 / 9 + 1e-9) is None
+    trace = "so it 4\n\nthen 5 = y\n\n"  # "is 4" is 10 / 13 the same as its first step
+    assert align_trace(trace, "is 4\n\n", min_similarity=10 / 13) == ["then 5 = y"]
+    assert align_trace(trace, "is 4\n\n", min_similarity=10 / 13 + 1e-9) is None
 
 
 def test_steps_are_cut_as_the_policy_cuts_them_or_by_line():
