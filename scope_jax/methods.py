@@ -54,13 +54,18 @@ def default_config() -> ConfigDict:
             },
             "teacher": {
                 # "model" | "dataset" (the problem's own worked solution, aligned by step) |
-                # "endpoint" (a server that continues text, as vLLM and SGLang are)
+                # "endpoint" (a server that continues text, as vLLM and SGLang are) |
+                # "hinted_policy" (the policy itself, which is told the answer) | "scripted" (the
+                # task's own expert)
                 "kind": "model",
                 # of a model; of an endpoint: the directory of its tokenizer, "" = the policy's,
                 # whose chat template then writes the prompts
                 "path": "",
                 "temperature": 1.0,
                 "top_p": 1.0,
+                # of a hinted policy: goes into prompt.template where the problem went
+                "hint": "{problem}\n\nThe final answer is {answer}. Write the whole solution that "
+                "leads to it, step by step, without saying that the answer was known.",
                 # of an endpoint: http://HOST:PORT/v1, and the model's name there
                 "url": "",
                 "model": "",

@@ -45,16 +45,21 @@ from scope_jax.sharding import (
 from scope_jax.splicing import INSERT
 from scope_jax.stopping import encode_stop, row_ends
 from scope_jax.teachers import (
+    BoundTeacher,
     Teacher,
     count_tokens,
     dataset_teacher,
     endpoint_teacher,
+    hinted_teacher,
     model_teacher,
+    scripted_teacher,
     text_teacher,
 )
 
-# Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's.
+# Room for a prompt or prefix in a teacher's tokens, as a multiple of its room in the policy's; and
+# for a prompt with a hint.
 BUCKET_FACTOR = 2
+TEACHERS = ("model", "dataset", "endpoint", "hinted_policy", "scripted")
 
 
 class Policy(NamedTuple):
@@ -187,6 +192,7 @@ def check_options(config: ConfigDict, mesh) -> None:
         ("correct", "scope", ("suffix", "step")),
         ("correct", "fallback", ("none", "whole_trace")),
         ("refill", "all_wrong", ("refill", "repair")),
+        ("teacher", "kind", TEACHERS),
         ("prm", "reads", ("text", "policy_tokens")),
         ("returns", "kind", RETURNS),
         ("loss", "ratio", RATIOS),
@@ -265,6 +271,8 @@ def describe(config: ConfigDict, policy: Policy, params, start: int) -> str:
             "model": config.teacher.path,
             "dataset": "the data set's worked solutions",
             "endpoint": f"{config.teacher.model} at {config.teacher.url}",
+            "hinted_policy": "the policy itself, with the answer in its prompt",
+            "scripted": f"the expert of {config.task.module}",
         }[config.teacher.kind]
         lines.append(
             f"locator {config.locate.locator}, tau {config.locate.tau}; teacher: {teacher}"
@@ -336,26 +344,80 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
 
 def load_teacher(
     config: ConfigDict, policy: Policy, workdir: pathlib.Path | None = None
-) -> Teacher | None:
+) -> BoundTeacher | None:
     """Returns the function that continues cut rollouts, or None where nothing is repaired.
+
+    With correct.scope="step" it may write more than a step: of it the first one counts.
 
     Args:
       workdir: where an endpoint's answers are kept for a resume; None = they are not.
     """
-    end = {
-        "policy_eos_id": policy.tokenizer.eos_token_id,
-        "max_new_tokens": config.sample.max_new_tokens,
-    }
+    kind = config.teacher.kind
     if config.correct.n_correct == 0:
         return None
-    if config.teacher.kind == "dataset":
-        return dataset_teacher(policy.tokenizer, **end)
-    if config.teacher.kind == "endpoint":
-        return load_endpoint(config, policy, workdir)
-    if config.teacher.kind != "model":
+    if kind == "hinted_policy":
+        return load_hinted_policy(config, policy)
+    if kind == "endpoint":
+        teach = load_endpoint(config, policy, workdir)
+    else:
+        load = {"model": _load_model, "dataset": _load_dataset, "scripted": _load_scripted}[kind]
+        teach = load(config, policy)
+    return lambda requests, key, params: teach(requests, key)  # noqa: ARG005
+
+
+def _text_end(config: ConfigDict, policy: Policy) -> dict[str, int]:
+    """Returns how a teacher's text ends: by which token, and where at the latest."""
+    length = config.sample.max_new_tokens
+    return {"policy_eos_id": policy.tokenizer.eos_token_id, "max_new_tokens": length}
+
+
+def _load_dataset(config: ConfigDict, policy: Policy) -> Teacher:
+    return dataset_teacher(
+        policy.tokenizer, splitter=config.steps.splitter,
+        one_step=config.correct.scope == "step", **_text_end(config, policy),
+    )  # fmt: skip
+
+
+def _load_scripted(config: ConfigDict, policy: Policy) -> Teacher:
+    module = config.task.module
+    expert = getattr(importlib.import_module(module), "continue_solution", None)
+    if expert is None:
         raise InputError(
-            f'teacher.kind must be "model", "dataset" or "endpoint", got {config.teacher.kind!r}'
+            f'teacher.kind="scripted" needs an expert: {module} has no function '
+            "continue_solution(record, prefix) -> text or None"
         )
+    return scripted_teacher(expert, policy.tokenizer, **_text_end(config, policy))
+
+
+def load_hinted_policy(config: ConfigDict, policy: Policy) -> BoundTeacher:
+    """Returns the teacher that is the policy itself, with the gold answer in its prompt."""
+    mesh, length = policy.decode_mesh, config.sample.max_new_tokens
+    eos_ids, vocab_size = policy.ends["eos_ids"], policy.model.config.vocab_size
+    ends = row_ends(policy.tokenizer, eos_ids, teacher_stop(config), vocab_size)
+    ends["stop_table"] = replicate(ends["stop_table"], mesh)
+    options = {"temperature": config.teacher.temperature, "top_p": config.teacher.top_p, **ends}
+
+    def continue_fn(requests, key, params):
+        columns = (requests.prompt_ids, requests.prompt_mask, requests.prefix_ids)
+        columns = put_batch((*columns, requests.prefix_length, requests.budgets), mesh)
+        layout = decoding_layout(policy.model, params, mesh, int8=config.sample.int8)
+        written = continue_from(
+            *layout, *columns[:4], key=key, max_new_tokens=columns[4], buffer_length=length,
+            **options,
+        )  # fmt: skip
+        return own_rows(written, mesh)
+
+    room = policy.model.config.max_position - length  # load_policy has seen that a prompt fits
+    return hinted_teacher(
+        continue_fn, policy.tokenizer,
+        functools.partial(render_prompt, policy.tokenizer, **config.prompt),
+        hint=config.teacher.hint, policy_eos_id=policy.tokenizer.eos_token_id, eos_ids=eos_ids,
+        prompt_bucket=min(BUCKET_FACTOR * config.data.max_prompt_length, room),
+    )  # fmt: skip
+
+
+def _load_model(config: ConfigDict, policy: Policy) -> Teacher:
+    end = _text_end(config, policy)
     model, params = load_hf(
         config.teacher.path, mesh=policy.decode_mesh, rules=DECODING, dtype=compute_dtype(config)
     )
@@ -423,7 +485,8 @@ def load_endpoint(config: ConfigDict, policy: Policy, workdir: pathlib.Path | No
     tokenizer = load_tokenizer(options.path)[0] if options.path else policy.tokenizer
     if config.prompt.chat and not tokenizer.chat_template:
         raise InputError(f"{options.path} has no chat template: set --config.prompt.chat=False")
-    calls = max(1, config.correct.attempts)  # a step's, one after the other
+    calls = max(1, config.correct.attempts)  # a training step's, one after the other
+    calls *= max(1, config.correct.max_rounds) if config.correct.scope == "step" else 1
     ask = Endpoint(
         options.url,
         options.model,

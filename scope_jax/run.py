@@ -30,12 +30,11 @@ from scope_jax.sampling import continue_from, decoding_layout
 from scope_jax.sharding import host_part, own_rows, put_batch, replicate
 from scope_jax.steps import segment_steps
 from scope_jax.stepwise import correct_stepwise
-from scope_jax.teachers import Teacher, whole_trace_teacher
+from scope_jax.teachers import BoundTeacher, whole_trace_teacher
 from scope_jax.update import make_optimizer, reference
 
-# (requests, key, params) -> what a scorer, or a teacher, returns
+# (requests, key, params) -> what a scorer returns
 BoundScorer = Callable[..., tuple[StepScores, dict[str, int]]]
-BoundTeacher = Callable[..., Continuations]
 
 PROMPTS_CHECKED = 16  # at the start
 
@@ -223,11 +222,11 @@ def score_by_rollouts(
 
 
 def teach_in_scope(
-    config: ConfigDict, policy: Policy, teacher: Teacher, scorer: BoundScorer | None
+    config: ConfigDict, policy: Policy, teacher: BoundTeacher, scorer: BoundScorer | None
 ) -> BoundTeacher:
     """Returns the teacher of whole suffixes, or of single steps."""
     if config.correct.scope == "suffix":
-        return lambda requests, key, params: teacher(requests, key)  # noqa: ARG005
+        return teacher
     eos_id = policy.tokenizer.eos_token_id
     cut_steps = functools.partial(segment_steps, policy.tokenizer, **config.steps)
 
@@ -244,7 +243,8 @@ def teach_in_scope(
 
     def teach(requests, key, params):
         return correct_stepwise(
-            requests, key, teach=teacher, max_rounds=config.correct.max_rounds,
+            requests, key, max_rounds=config.correct.max_rounds,
+            teach=lambda requests, key: teacher(requests, key, params),
             go_on=functools.partial(continue_policy, config, policy, params),
             judge=functools.partial(judge, key, params),
             first_end=lambda ids, mask: cut_steps(ids, mask)[0][:, 0], policy_eos_id=eos_id,

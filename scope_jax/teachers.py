@@ -2,23 +2,28 @@
 
 A teacher is any function  teach(requests: CorrectionRequests, key) -> Continuations.  It never sees
 or touches the rows' other tokens; `splicing.splice` joins the two. A continuation that did not stop
-by itself is never accepted.
+by itself is never accepted. Only the hinted policy also takes the policy's current params.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from scope_jax.alignment import MIN_SIMILARITY, align_trace, read_trace
 from scope_jax.endpoint import FAILURES, Answer, Wanted
-from scope_jax.records import Continuations, CorrectionRequests
-from scope_jax.steps import exact_text, survives
+from scope_jax.records import Continuations, CorrectionRequests, InputError
+from scope_jax.steps import Splitter, exact_text, survives
 
 Teacher = Callable[[CorrectionRequests, jax.Array], Continuations]
+BoundTeacher = Callable[
+    [CorrectionRequests, jax.Array, Any], Continuations
+]  # (.., policy's params)
 NONE_FAILED = {"teacher/alignment_failed": 0}
-_CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes: 48/2 = <<48/2=24>>24
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_PLACE = re.compile(r"\{(problem|answer)\}")
 
 
 def model_teacher(continue_fn, *, policy_eos_id: int, eos_ids=None) -> Teacher:
@@ -209,34 +214,210 @@ def endpoint_teacher(
     return teach
 
 
-def dataset_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
-    """The data set's own worked solution (record["solution"]), from the first line that the prefix
-    has not reached.
+def hinted_teacher(
+    continue_fn,
+    tokenizer,
+    render: Callable[[str], str],
+    *,
+    hint: str,
+    policy_eos_id: int,
+    prompt_bucket: int,
+    eos_ids=None,
+) -> BoundTeacher:
+    """The policy itself, with the weights of now, which reads the gold answer in its prompt.
+
+    The prefix is the policy's own ids; only the prompt is another one, and only for the teacher.
+    What it writes is a teacher's: without the answer it would not have been drawn so. It may speak
+    of the hint: only the verifier looks at it. A row whose hinted prompt does not fit is not
+    continued, and counted (teacher/prompt_too_long).
+
+    Args:
+      continue_fn: (requests with the hinted prompts [C, prompt_bucket], key, params) -> Rollouts,
+        as `model_teacher`'s.
+      tokenizer: the policy's.
+      render: what stands for the problem -> the policy's prompt text.
+      hint: stands for the problem: its text with {problem} and {answer}, of the record's gold.
+      policy_eos_id, eos_ids: as `model_teacher`'s.
+      prompt_bucket: tokens of a hinted prompt.
+    Raises:
+      InputError: a hint without one of its places, or that the tokenizer cannot write.
+    """
+    for place in ("{problem}", "{answer}"):
+        if place not in hint:
+            raise InputError(f"teacher.hint must say where {place} goes, got {hint!r:.60}")
+    if not all(survives(tokenizer, text) for text in _PLACE.split(hint)[::2] if text.strip()):
+        raise InputError(
+            f"the policy's tokenizer cannot write teacher.hint {hint!r:.60}: set another"
+        )
+
+    def encode(record: dict) -> list[int]:
+        values = {"problem": record["problem"], "answer": str(record["gold"])}
+        text = _PLACE.sub(lambda place: values[place[1]], hint)
+        return tokenizer.encode(render(text), add_special_tokens=False)
+
+    def teach(requests: CorrectionRequests, key, params) -> Continuations:
+        budgets = np.array(requests.budgets)
+        prompt_ids = np.zeros((len(budgets), prompt_bucket), np.int32)
+        prompt_mask = np.zeros(prompt_ids.shape, bool)
+        prompt_mask[:, -1] = True  # filling rows still need a token to start from
+        asked = np.flatnonzero(budgets > 0)
+        for row in asked:
+            prompt = encode(requests.records[row])
+            if len(prompt) > prompt_bucket:
+                budgets[row] = 0
+                continue
+            prompt_ids[row, -len(prompt) :], prompt_mask[row, -len(prompt) :] = prompt, True
+        hinted = dataclasses.replace(
+            requests, prompt_ids=prompt_ids, prompt_mask=prompt_mask, budgets=budgets
+        )
+        write = model_teacher(
+            lambda requests, key: continue_fn(requests, key, params),
+            policy_eos_id=policy_eos_id,
+            eos_ids=eos_ids,
+        )
+        counts = {"teacher/prompt_too_long": int((budgets[asked] == 0).sum())}
+        return dataclasses.replace(write(hinted, key), counts=NONE_FAILED | counts)
+
+    return teach
+
+
+# ------------------------------------------------------------------------------ written texts
+
+
+class _Found(NamedTuple):
+    """The text that a row goes on with, or why it has none."""
+
+    text: str = ""
+    whole: bool = True  # the solution ends with it
+    missing: str = ""  # the name of a count
+
+
+def dataset_teacher(
+    tokenizer,
+    *,
+    policy_eos_id: int,
+    max_new_tokens: int,
+    splitter: Splitter = "\n\n",
+    one_step: bool = False,
+    min_similarity: float = MIN_SIMILARITY,
+) -> Teacher:
+    """The data set's own worked solution (record["solution"]), from the first step that the prefix
+    has not reached; see `alignment.align_trace`.
+
+    A row whose place in its solution is not known (teacher/unmatched), whose prefix has all of it
+    (teacher/complete) or that has none (teacher/no_solution) is not continued, and counted.
 
     Args:
       tokenizer: the policy's.
-      policy_eos_id: ends every continuation.
+      policy_eos_id: ends every continuation that ends the solution.
       max_new_tokens: U; a solution that does not fit a row's budget has not stopped.
+      splitter: of the policy's steps.
+      one_step: write the next step of the solution only.
+      min_similarity: of a kept step and the solution's.
     """
+
+    def find(record: dict, prompt: str, prefix: str) -> _Found:
+        trace = _read_solution(record, prompt, prefix)
+        if not trace:
+            return _Found(missing="no_solution")
+        steps = align_trace(
+            trace, prefix, problem=record.get("problem", ""), splitter=splitter,
+            min_similarity=min_similarity,
+        )  # fmt: skip
+        if not steps:
+            return _Found(missing="unmatched" if steps is None else "complete")
+        written = steps[:1] if one_step else steps
+        return _Found("".join(written), whole=len(written) == len(steps))
+
+    reasons = ("unmatched", "complete", "no_solution")
+    return _text_writer(find, reasons, tokenizer, policy_eos_id, max_new_tokens)
+
+
+def whole_trace_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
+    """The data set's whole worked solution, whatever the prefix: LUFFY's trace, for rows of which
+    nothing is kept (prefix_length 0). A record without one (teacher/no_solution) is not continued.
+
+    Args:
+      tokenizer, policy_eos_id, max_new_tokens: as `dataset_teacher`'s.
+    """
+
+    def find(record: dict, prompt: str, prefix: str) -> _Found:
+        trace = _read_solution(record, prompt, prefix)
+        steps = align_trace(trace, "") or []  # all of them, without calculator notes
+        return _Found("".join(steps)) if steps else _Found(missing="no_solution")
+
+    return _text_writer(find, ("no_solution",), tokenizer, policy_eos_id, max_new_tokens)
+
+
+def scripted_teacher(
+    continue_solution: Callable[[dict, str], str | None],
+    tokenizer,
+    *,
+    policy_eos_id: int,
+    max_new_tokens: int,
+) -> Teacher:
+    """The task's own expert.
+
+    Args:
+      continue_solution: (record, text of the prefix) -> the rest of a solution, None where it knows
+        none (teacher/declined).
+      tokenizer, policy_eos_id, max_new_tokens: as `dataset_teacher`'s.
+    """
+
+    def find(record: dict, prompt: str, prefix: str) -> _Found:
+        del prompt
+        text = continue_solution(record, prefix)
+        return _Found(missing="declined") if text is None else _Found(text)
+
+    return _text_writer(find, ("declined",), tokenizer, policy_eos_id, max_new_tokens)
+
+
+def _read_solution(record: dict, prompt: str, prefix: str) -> str:
+    thinking = prompt.rstrip().endswith("<think>") or prefix.lstrip().startswith("<think>")
+    return read_trace(record.get("solution") or "", thinking=thinking).strip()
+
+
+def _text_writer(
+    find: Callable[[dict, str, str], _Found],
+    reasons: tuple[str, ...],
+    tokenizer,
+    policy_eos_id: int,
+    max_new_tokens: int,
+) -> Teacher:
+    """Returns a teacher that writes what `find` says of (record, prompt, prefix)."""
 
     def teach(requests: CorrectionRequests, key) -> Continuations:
         del key  # a written solution is not random
         shape = (len(requests.records), max_new_tokens)
         ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        stopped = np.zeros(shape[0], bool)
-        for row, record in enumerate(requests.records):
+        stopped, unaligned = np.zeros(shape[0], bool), np.zeros(shape[0], bool)
+        counts = dict.fromkeys(reasons, 0)
+        for row in np.flatnonzero(np.asarray(requests.budgets) > 0):
             kept = requests.prefix_ids[row, : requests.prefix_length[row]].tolist()
-            prefix = tokenizer.decode(kept)
-            text = remaining_solution(record.get("solution") or "", prefix)
-            tokens = encode_after(tokenizer, kept, text) or []
+            prompt = requests.prompt_ids[row][requests.prompt_mask[row]].tolist()
+            texts = (tokenizer.decode(prompt), tokenizer.decode(kept))
+            found = find(requests.records[row], *texts)
+            if found.missing:
+                counts[found.missing] += 1
+                continue
+            tokens = encode_after(tokenizer, kept, found.text)
+            if tokens is None:
+                unaligned[row] = True
+                continue
+            tokens += [policy_eos_id] * found.whole
             room = min(int(requests.budgets[row]), max_new_tokens)
-            stopped[row] = bool(tokens) and len(tokens) < room
-            tokens = [*tokens[: room - 1], policy_eos_id] if stopped[row] else tokens[:room]
+            stopped[row] = 0 < len(tokens) <= room
+            tokens = tokens[:room]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
+        counts["alignment_failed"] = int(unaligned.sum())
+        counts = {f"teacher/{name}": count for name, count in counts.items()}
         none = np.zeros(shape, np.float32)
-        return Continuations(ids, mask, none, stopped=stopped, counts=NONE_FAILED)
+        return Continuations(ids, mask, none, stopped, unaligned, counts)
 
     return teach
+
+
+# ------------------------------------------------------------------------------ texts and tokens
 
 
 def encode_after(tokenizer, prefix_ids: list[int], text: str) -> list[int] | None:
@@ -258,32 +439,3 @@ def is_unicode(text: str) -> bool:
 def count_tokens(tokenizer, text: str) -> int:
     """Returns the tokens of a text as a tokenizer sees it, whatever stands in it."""
     return len(tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False))
-
-
-def remaining_solution(solution: str, prefix: str) -> str:
-    """Returns the lines of a worked solution after those whose results the prefix already has.
-
-    A line's result is its last number. The leading lines whose results ALL stand in the prefix, in
-    order and as whole numbers (1,500 is 1500, not 500), are left out; the final "#### answer" line
-    always stays.
-
-    >>> remaining_solution("48/2 = <<48/2=24>>24.\\n48+24 = <<48+24=72>>72.", "24 in May")
-    '48+24 = 72.'
-    """
-    lines, done = _CALCULATOR.sub("", solution).strip().split("\n"), 0
-    reached = iter(_numbers(prefix))
-    for line in lines[:-1]:
-        results = _numbers(line)[-1:]
-        if not results or results[0] not in reached:  # `in` reads on from the number found last
-            break
-        done += 1
-    return "\n".join(lines[done:])
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
-
-
-def whole_trace_teacher(tokenizer, *, policy_eos_id: int, max_new_tokens: int) -> Teacher:
-    """temporary"""
-    return dataset_teacher(tokenizer, policy_eos_id=policy_eos_id, max_new_tokens=max_new_tokens)

@@ -27,7 +27,7 @@ FLOORS = [
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
-    ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.ledger"]
+    ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.ledger", "alignment"]
     + ["tasks.math_problems", "sampling", "rewards", "prm", "scorers", "endpoint", "teachers"]
     + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
     ["roles", "run", "evaluate", "evaluate_prm", "evaluate_sets", "benchmark", "benchmark_report"]
@@ -38,7 +38,7 @@ FLOORS = [
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"), ("losses", "sharding"),
-    ("run", "roles"), ("run", "monte_carlo"),
+    ("run", "roles"), ("run", "monte_carlo"), ("teachers", "alignment"),
     ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
     ("models.transformer", "models.lora"), ("models.hf", "models.lora"),
     ("models.hf", "models.transformer"), ("models.decoding", "models.transformer"),

@@ -389,7 +389,7 @@ def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, 
         monkeypatch.undo()
     # What only another teacher, PRM or split reads may be idle in one config, never in all of them;
     # endpoints (test_endpoint.py), other locators and scopes have tests of their own.
-    names = "url model api_key_env timeout_seconds retries concurrency tokens_per_step"
+    names = "hint url model api_key_env timeout_seconds retries concurrency tokens_per_step"
     elsewhere = {f"teacher.{name}" for name in (*names.split(), "seconds_per_step")}
     elsewhere |= {"oracle.misses", "oracle.false_alarms", "monte_carlo.tries"}
     elsewhere |= {"correct.max_rounds", "method"}
@@ -462,7 +462,7 @@ def refused(capsys, *arguments: str, config: str = WORKSHEET, workdir) -> str:
         ("--config.data.max_prompt_length=5", "data.max_prompt_length is 5"),
         ("--config.mesh.data=3", "mesh data=3, fsdp=1, model=1 does not match 8 devices"),
         ("--config.learn.mini_batches=3", "do not divide"),
-        ("--config.teacher.kind=oracle", 'must be "model", "dataset" or "endpoint"'),
+        ("--config.teacher.kind=oracle", "is none of model, dataset, endpoint, hinted_policy, s"),
         ("--config.locate.locator=prn", "locate.locator='prn' is none of prm, oracle"),
         ("--config.correct.insert=replace", "is none of replace_source, append"),
         ("--config.correct.accept=all", "is none of verified_correct, prm_ok, any"),

@@ -168,6 +168,32 @@ def verify(gold: str, completion: str) -> bool:
     return bool(lines) and all(check_steps(gold, lines))
 
 
+def continue_solution(record: dict, prefix: str) -> str | None:
+    """Returns the lines that a ledger's solution lacks, from the balances that the prefix left, in
+    the order of record["solution"]; None behind a wrong or unfinished line.
+
+    >>> record = {"problem": "Start: Ann has 4. Bob has 7. Book: (Ann-2), (Ann+6)\\n",
+    ...           "solution": "(Ann-2) Ann 4 to 2\\n(Ann+6) Ann 2 to 8\\n"}
+    >>> continue_solution(record, "(Ann+6) Ann 4 to 0\\n")
+    '(Ann-2) Ann 0 to 8\\n'
+    """
+    ledger = read_ledger(record["problem"])
+    balances, payments = ledger.balances, set(ledger.payments)
+    *lines, last = prefix.split("\n")
+    right = [
+        (match := _LINE.fullmatch(line)) and _books(match, balances, payments) for line in lines
+    ]
+    if last or not all(right):
+        return None
+    written = []
+    for payment in _PAYMENT.findall(record["solution"]):
+        if payment in payments:
+            name, amount = payment[1:4], payment[4:6]
+            old, balances[name] = balances[name], str(fact_value(balances[name] + amount))
+            written.append(f"{payment} {name} {old} to {balances[name]}\n")
+    return "".join(written)
+
+
 def valid_order(gold: str, completion: str) -> str:
     """Returns the order in which a right solution books the payments, "(Ann+6) (Ann-2)"; "" for a
     wrong one.

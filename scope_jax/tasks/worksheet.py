@@ -153,6 +153,22 @@ def verify(gold: str, completion: str) -> bool:
     return bool(lines) and all(check_steps(gold, lines))
 
 
+def continue_solution(record: dict, prefix: str) -> str | None:
+    """Returns the lines that a sheet's solution lacks, in the order of record["solution"]; None
+    behind a wrong or unfinished line, where nothing makes the solution right.
+
+    >>> continue_solution({"problem": "c5*2,a3+9?", "solution": "c5*2=0\\na3+9=2\\n"}, "c5*2=0\\n")
+    'a3+9=2\\n'
+    """
+    open_items = set(record["problem"].rstrip("?").split(","))
+    *lines, last = prefix.split("\n")
+    right = [(match := _LINE.fullmatch(line)) and _solves(match, open_items) for line in lines]
+    if last or not all(right):
+        return None
+    order = record["solution"].split("\n")[:-1]
+    return "".join(f"{line}\n" for line in order if line.partition("=")[0] in open_items)
+
+
 def valid_order(gold: str, completion: str) -> str:
     """Returns the labels of a right solution in its order of lines, "acf"; "" for a wrong one.
 
