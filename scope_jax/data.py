@@ -124,7 +124,9 @@ def prompt_iterator(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
-def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system: str = "") -> str:
+def render_prompt(
+    tokenizer, problem: str, *, template: str, chat: bool, system: str = "", assistant: str = ""
+) -> str:
     """Returns the text of a prompt.
 
     Args:
@@ -134,13 +136,16 @@ def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system:
       chat: wrap it in the chat template, with `system` (if any) before it, up to the assistant's
         turn.
       system: the system message.
+      assistant: opens the assistant's turn ("<think>", say); left out where the chat template ends
+        in it already.
     """
     text = template.replace("{problem}", problem)  # not str.format: problems contain braces
     if not chat:
-        return system + text
+        return system + text + assistant
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text if text.endswith(assistant) else text + assistant
 
 
 def tokenize_prompts(

@@ -22,7 +22,8 @@ def default_config() -> ConfigDict:
                 "fn": "",
                 "solved_at": 1.0,  # a reward below it is a wrong rollout
             },
-            "prompt": {"template": "{problem}", "chat": True, "system": ""},
+            # assistant: text that opens the assistant's turn, "<think>\n"
+            "prompt": {"template": "{problem}", "chat": True, "system": "", "assistant": ""},
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
             # Models
             "model": {
