@@ -48,6 +48,8 @@ def default_config() -> ConfigDict:
                 # prompt and completion as sampled, each step read at its last token
                 "reads": "text",
                 "max_length": 4096,  # longer texts are left unscored, and counted
+                # not 0: they are read in overlapping windows of so many tokens (scorers.py)
+                "window": 0,
                 "batch_size": 0,  # rows in one forward; 0 = all
             },
             "teacher": {
