@@ -21,6 +21,9 @@ def default_config() -> ConfigDict:
                 # "package.module:function", (gold: str, completion: str) -> bool or float
                 "fn": "",
                 "solved_at": 1.0,  # a reward below it is a wrong rollout
+                # "</think>": only what stands behind its last occurrence is read, without it the
+                # reward is 0; "" = the whole completion
+                "after": "",
             },
             # assistant: text that opens the assistant's turn, "<think>\n"
             "prompt": {"template": "{problem}", "chat": True, "system": "", "assistant": ""},

@@ -51,3 +51,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "RLHFlow/Llama3.1-8B-PRM-Deepseek-Data": _LLAMA_8B,
     "nvidia/OpenMath2-Llama3.1-8B": _LLAMA_8B,
 }  # fmt: skip
+
+# Models whose tokenizer is not that of the family of their shape
+_OWN_TOKENIZER = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+}  # fmt: skip
+
+
+def share_tokenizer(one: str, other: str) -> bool:
+    """Whether two models read the same tokens, as far as the published ones among them tell.
+
+    >>> share_tokenizer("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    False
+    """
+    if not {one, other} <= set(PUBLISHED):
+        return True
+    family = PUBLISHED[one]["model_type"] == PUBLISHED[other]["model_type"]
+    return family and (one in _OWN_TOKENIZER) == (other in _OWN_TOKENIZER)
