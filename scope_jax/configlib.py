@@ -212,12 +212,16 @@ def load_object(reference: str, kind: str) -> Callable:
     return found
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict | dict) -> None:
+def claim_workdir(
+    workdir: pathlib.Path, config: ConfigDict | dict, flag: str = "--workdir"
+) -> None:
     """Writes config.json into a new workdir, or checks that the one there is of the same run.
 
     `total_steps`, `log`, `eval`, `checkpoint`, `checks` and `mesh` may differ: they do not change
     what was trained.
 
+    Args:
+      flag: the command's, that names the folder.
     Raises:
       InputError: the workdir belongs to another config (the first differing key is named); nothing
       is written then.
@@ -227,20 +231,21 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict | dict) -> None:
     new = config if isinstance(config, dict) else json.loads(config.to_json())
     if file.exists():
         old = json.loads(file.read_text())
-        changed = [k for k in _flat(new) | _flat(old) if _flat(new).get(k) != _flat(old).get(k)]
+        here, there = flat_keys(new), flat_keys(old)
+        changed = [k for k in here | there if here.get(k) != there.get(k)]
         changed = sorted(k for k in changed if k.split(".")[0] not in free)
         if changed:
             key = changed[0]
             raise InputError(
-                f"{workdir} belongs to another config: {key} is {_flat(old).get(key)!r} there and "
-                f"{_flat(new).get(key)!r} here; use another --workdir"
+                f"{workdir} belongs to another config: {key} is {there.get(key)!r} there and "
+                f"{here.get(key)!r} here; use another {flag}"
             )
     elif workdir.exists() and not workdir.is_dir():
-        raise InputError(f"workdir {workdir} is a file")
+        raise InputError(f"{flag.lstrip('-')} {workdir} is a file")
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise InputError(
             f"{workdir} holds files but no config.json: not a workdir of scope_jax; "
-            "use another --workdir"
+            f"use another {flag}"
         )
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
@@ -276,9 +281,14 @@ def lora_options(model: Any) -> dict[str, Any]:
     return {"lora_rank": 0} | {name: model[name] for name in model if name.startswith("lora_")}
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flat_keys(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Returns {"a.b": value} of a nested dict.
+
+    >>> flat_keys({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= flat_keys(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat

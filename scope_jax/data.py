@@ -4,6 +4,7 @@ The iterator's state (`get_state`) goes into the checkpoint, so a resumed run co
 next problem.
 """
 
+import functools
 import gzip
 import itertools
 import json
@@ -18,40 +19,37 @@ import numpy as np
 from scope_jax.records import InputError, Prompts
 
 MAX_LINE = 4 << 20  # bytes; a longer line is no row, and is never held whole
+PARQUET_ROWS = 256  # of a Parquet file read at a time
 
 
-def read_jsonl(
+def read_rows(
     path,
     parse: Callable[[dict[str, Any]], Any] | None = None,
     *,
     skipped: list[dict[str, Any]] | None = None,
 ) -> list[Any]:
-    """Returns the objects of a .jsonl or .jsonl.gz file, each with its file:line as "_source".
+    """Returns the rows of a .jsonl, .jsonl.gz or .parquet file as dicts, each with where it stands
+    as "_source": "file:line", of Parquet "file:row 3" (the first is 1).
 
     Args:
-      path: of the file; blank lines in it do not count.
-      parse: makes of a row what is returned in its place; its InputError is the reason why the line
+      path: of the file; blank lines in it do not count. What does not end in .parquet is JSONL.
+      parse: makes of a row what is returned in its place; its InputError is the reason why the row
         is bad.
-      skipped: bad lines are left out and added here as {"file", "line", "reason"}. If None, the
+      skipped: bad rows are left out and added here as {"file", "line", "reason"}. If None, the
         first of them is an error that also says how many more there are.
     Raises:
-      InputError: no such file, a damaged one, a bad line (file and line number are named) or no
-      good one. Bad is what is no JSON object by the standard (NaN is not) in UTF-8, what is longer
-      than MAX_LINE, and what `parse` refuses.
+      InputError: no such file, a damaged one, a bad row (file and number are named) or no good one;
+      pyarrow, which reads Parquet, is not installed. Bad is what is no JSON object by the standard
+      (NaN is not) in UTF-8, what is longer than MAX_LINE, and what `parse` refuses.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"data file {path} does not exist")
     rows, bad = [], []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = {**_json_object(line), "_source": f"{path}:{number}"}
-                rows.append(row if parse is None else parse(row))
-            except InputError as error:
-                bad.append({"file": str(path), "line": number, "reason": str(error)})
+    for number, row in stream_rows(path):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            rows.append(row if parse is None else parse(row))
+        except InputError as error:
+            bad.append({"file": str(path), "line": number, "reason": str(error)})
     if bad and not rows:
         raise InputError(f"{describe_bad_lines(bad)}" + "; none is good" * (len(bad) > 1))
     if bad and skipped is None:
@@ -63,10 +61,73 @@ def read_jsonl(
     return rows
 
 
+read_jsonl = read_rows  # the older name
+
+
+def stream_rows(path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Yields each row's number and the row as `read_rows` makes it, or why it is bad; no more of
+    the file is held than one line, or PARQUET_ROWS rows.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"data file {path} does not exist")
+    for number, read in (_parquet_rows if _is_parquet(path) else _json_rows)(path):
+        try:
+            yield number, {**read(), "_source": _place(path, number)}
+        except InputError as error:
+            yield number, error
+
+
 def describe_bad_lines(bad: list[dict[str, Any]]) -> str:
     """Returns the first of some bad lines, its reason, and how many more there are."""
-    more = f" (and {len(bad) - 1} more bad line{'s' * (len(bad) > 2)})" if len(bad) > 1 else ""
-    return f"{bad[0]['file']}:{bad[0]['line']}: {bad[0]['reason']}{more}"
+    kind = "row" if _is_parquet(bad[0]["file"]) else "line"
+    more = f" (and {len(bad) - 1} more bad {kind}{'s' * (len(bad) > 2)})" if len(bad) > 1 else ""
+    return f"{_place(bad[0]['file'], bad[0]['line'])}: {bad[0]['reason']}{more}"
+
+
+def _is_parquet(path) -> bool:
+    return str(path).endswith(".parquet")
+
+
+def _place(path, number: int) -> str:
+    return f"{path}:row {number}" if _is_parquet(path) else f"{path}:{number}"
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            if line.strip():
+                yield number, functools.partial(_json_object, line)
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(
+            f"reading {path} needs pyarrow: pip install pyarrow (or scope_jax[eval])"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield number, functools.partial(_parquet_row, batch.slice(row, 1))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        # Arrow's messages go on with its own C++ stack or with what it found in the file
+        reason = " ".join(f"{error!s:.200}".split()) or type(error).__name__
+        raise InputError(f"{path} is damaged: {reason}") from None
+
+
+def _parquet_row(batch) -> dict[str, Any]:
+    if batch.nbytes > MAX_LINE:
+        raise InputError(f"longer than {MAX_LINE:,} bytes")
+    try:
+        return batch.to_pylist()[0]
+    except (ValueError, OverflowError) as error:  # of bytes that are not UTF-8; of a year 10,000
+        raise InputError(f"not readable: {error}") from None
 
 
 def _json_object(line: bytes) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 python -m scope_jax.evaluate --config worksheet --workdir W          (a run's newest checkpoint)
 python -m scope_jax.evaluate --config worksheet --model DIR          (a Hugging Face directory)
+python -m scope_jax.evaluate --config eval_math --model DIR --out O  (the paper's nine sets)
+python -m scope_jax.evaluate --config eval_math --completions FILE   (what somebody else sampled)
+python -m scope_jax.evaluate --compare OUT_A OUT_B                   (two evaluations of these sets)
 python -m scope_jax.evaluate --prm DIR --data FILE.jsonl.gz          (a PRM: evaluate_prm.py)
 """
 
 import argparse
 import json
+import os
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +21,31 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from scope_jax.checkpoint import restore_params
-from scope_jax.configlib import load_config, lora_options, one_line_errors, run_config
+from scope_jax.benchmark import GROUPS, BenchmarkSet, digest, read_sets
+from scope_jax.benchmark_report import (
+    accuracy_tables,
+    agreement,
+    compare,
+    comparison_table,
+    detail_table,
+    results,
+)
+from scope_jax.checkpoint import open_checkpoints, restore_params
+from scope_jax.configlib import (
+    claim_workdir,
+    flat_keys,
+    load_config,
+    load_object,
+    lora_options,
+    one_line_errors,
+    run_config,
+)
 from scope_jax.data import decode_completions
 from scope_jax.diversity import correct_diversity
 from scope_jax.evaluate_prm import evaluate_prm, print_report
+from scope_jax.evaluate_sets import complete_samples, grade_stored
+from scope_jax.hosts import end_together, join_hosts, on_first_host, shared_errors
 from scope_jax.records import InputError
-from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import fetch, host_part, put_batch
@@ -56,7 +79,7 @@ def sample_completions(
         golds = [record["gold"] for record in batch for _ in range(group_size)]
         mine = slice(part * len(golds), (part + 1) * len(golds))
         texts = decode_completions(policy.tokenizer, *(x[mine] for x in written[-1]))
-        own = score_completions(policy.reward_fn, golds, texts)
+        own = policy.rewards(golds, texts).tolist()
         if parts > 1:
             own = fetch(put_batch(np.array(own, np.float32), policy.decode_mesh)).tolist()
         rewards += own
@@ -108,31 +131,56 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scope_jax.evaluate",
         description="Samples a policy on the config's held-out problems and prints pass@1, pass@k; "
+        "on the paper's benchmark sets; compares two such evaluations; grades stored completions; "
         "or measures how well a PRM finds the first wrong step of labelled solutions.",
-        epilog="example: python -m scope_jax.evaluate --config worksheet:n=6 --workdir /tmp/run "
-        "--config.eval.problems=512; or: python -m scope_jax.evaluate --prm /tmp/prm "
-        "--data champ_processbench.jsonl.gz --out /tmp/prm_report",
+        epilog="examples: python -m scope_jax.evaluate --config worksheet:n=6 --workdir /tmp/run "
+        "--config.eval.problems=512; "
+        "python -m scope_jax.evaluate --config eval_math --model DIR --out /tmp/eval "
+        "--config.data_dir=luffy_data; "
+        "python -m scope_jax.evaluate --compare /tmp/eval_a /tmp/eval_b; "
+        "python -m scope_jax.evaluate --config eval_math --completions FILE.jsonl "
+        "--config.sets.math500.file=math500.jsonl.gz; "
+        "python -m scope_jax.evaluate --prm /tmp/prm --data champ_processbench.jsonl.gz "
+        "--out /tmp/prm_report",
     )
     policy_args = parser.add_argument_group("a policy")
     policy_args.add_argument("--config", help="file or shipped name, with :arg if any")
     policy_args.add_argument("--workdir", help="of a training run: its newest checkpoint")
     policy_args.add_argument("--model", help="Hugging Face directory, or a run's workdir")
+    set_args = parser.add_argument_group("benchmark sets, with a --config that has `sets`")
+    set_args.add_argument(
+        "--out",
+        help="gets samples.jsonl and results.json; goes on where it stopped "
+        "(a run's: WORKDIR/evaluation/..); of a PRM: report.json, scores.jsonl, reliability.png",
+    )
+    set_args.add_argument("--completions", metavar="FILE", help="grades these; loads no model")
+    set_args.add_argument(
+        "--compare", nargs=2, metavar=("OUT_A", "OUT_B"), help="paired bootstrap of two --out"
+    )
     prm_args = parser.add_argument_group("a PRM")
     prm_args.add_argument("--prm", help="directory of a PRM")
     prm_args.add_argument("--data", help=".jsonl[.gz] of {id, problem, steps, label}")
     prm_args.add_argument("--format", help="of its texts, where the directory does not say it")
-    prm_args.add_argument("--out", help="gets report.json, scores.jsonl and reliability.png")
     prm_args.add_argument("--threshold", type=float, help="scores below it are wrong (0.5)")
     prm_args.add_argument("--batch-size", type=int, help="solutions a forward (8)")
     prm_args.add_argument("--max-length", type=int, help="tokens; longer ones are not scored")
     prm_args.add_argument("--limit", type=int, help="only the first so many solutions")
     args, overrides = parser.parse_known_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    of_policy = [name for name in ("config", "workdir", "model") if name in given]
-    if len(of_policy) < len(given):
+    of_policy = [name for name in ("config", "workdir", "model", "completions") if name in given]
+    if "compare" in given:
+        others = [f"--{name}" for name in given if name != "compare"] + overrides
+        if others:
+            raise InputError(f"{others[0]} does not go with --compare")
+        _compare(*args.compare)
+    elif set(given) <= {*of_policy, "out"} and of_policy:
+        join_hosts()
+        with end_together():
+            _measure(args, overrides)
+    elif given:
         _measure_prm(given, [f"--{name}" for name in of_policy] + overrides)
     else:
-        _measure_policy(args, overrides)
+        _measure(args, overrides)
 
 
 def _measure_prm(options: dict, foreign: list[str]) -> None:
@@ -146,27 +194,185 @@ def _measure_prm(options: dict, foreign: list[str]) -> None:
     print_report(report, options.get("out"))
 
 
-def _measure_policy(args: argparse.Namespace, overrides: list[str]) -> None:
-    if args.config is None or (args.workdir is None) == (args.model is None):
+def _measure(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Measures a policy, on a task or on benchmark sets; or grades stored completions."""
+    models = sum(x is not None for x in (args.workdir, args.model, args.completions))
+    if args.config is None or models != 1:
         raise InputError(
             "give --config C with --workdir DIR or --model DIR, or --prm DIR with --data FILE"
         )
-    config, workdir = load_config(args.config, overrides), args.workdir
+    config = load_config(args.config, overrides)
+    if "sets" not in config and (args.out or args.completions):
+        flag = "--completions" if args.completions else "--out"
+        raise InputError(f"{flag} is for a config with benchmark sets (eval_math), or a PRM")
+    workdir = args.workdir
     if args.model is not None and (pathlib.Path(args.model) / "checkpoints").is_dir():
         workdir = args.model
     elif args.model is not None:
         config.model.path = args.model
+    if args.completions:
+        _grade_stored(args, config)
+    elif "sets" in config:
+        _measure_sets(args, config, workdir)
+    else:
+        _measure_policy(config, workdir)
+
+
+def _measure_policy(config: ConfigDict, workdir: str | None) -> None:
     if workdir is not None:  # what its checkpoints hold is not for the command line to say
         config.model.update(lora_options(run_config(pathlib.Path(workdir))["model"]))
     policy, params = load_policy(config)
     params = params if workdir is None else restore_params(workdir, params)
-    results = evaluate_policy(policy, params, config)
+    measured = evaluate_policy(policy, params, config)
     title = f"{workdir or config.model.path}, {config.eval.problems} problems"
     table = Table("metric", "value", title=title, title_justify="left")
-    for key, value in results.items():
+    for key, value in measured.items():
         table.add_row(key.removeprefix("eval/"), f"{value:.3f}")
     Console().print(table)
-    print(json.dumps(results))
+    print(json.dumps(measured))
+
+
+# ------------------------------------------------------------------------------ benchmark sets
+
+
+def _measure_sets(args: argparse.Namespace, config: ConfigDict, workdir: str | None) -> None:
+    """Samples what --out does not hold yet, then prints and writes the figures of all of it."""
+    if args.out is None and workdir is None:
+        raise InputError("--model with benchmark sets needs --out DIR, for the samples")
+    notes, step = [], None
+    with shared_errors():
+        sets = _sets(config)
+        problems, skipped = read_sets(sets, config.data_dir)
+        if workdir is not None:
+            notes, step = _take_from_run(config, pathlib.Path(workdir))
+        policy, params = load_policy(config)
+    if workdir is not None:
+        params = restore_params(workdir, params, step)
+    name = pathlib.Path(args.config.partition(":")[0]).stem
+    out = pathlib.Path(args.out or f"{workdir}/evaluation/{name}-step{step}")
+    kept = [chosen for chosen in sets if chosen.key in problems]
+    record = _record(config, kept, problems, workdir, step)
+    on_first_host(claim_workdir, out, record, "--out")
+    samples = complete_samples(
+        policy, params, kept, problems, out / "samples.jsonl",
+        seed=config.seed, batch_size=config.eval.batch_size, after=config.reward.after,
+        reward_fn=load_object(config.reward.fn, "reward.fn"), prompt=config.prompt.to_dict(),
+        max_new_tokens=config.eval.max_new_tokens, temperature=config.eval.temperature,
+        slots=config.sample.slots,
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        found = results(samples, record["sets"], config.reward.solved_at)
+        found["skipped"] = skipped
+        write_json(out / "results.json", found)
+        _print_results(found, record["sets"], sets, f"{workdir or config.model.path}", notes)
+        accuracy = {key: figures["accuracy"] for key, figures in found["sets"].items()}
+        line = {f"{group}_average": found["averages"][group] for group in GROUPS}
+        print(json.dumps({**line, "accuracy": accuracy, "out": str(out)}))
+
+
+def _sets(config: ConfigDict) -> list[BenchmarkSet]:
+    return [BenchmarkSet(key=key, **options) for key, options in config.sets.items()]
+
+
+def _take_from_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[list[str], int | None]:
+    """Sets the config's model to that of a run; returns what else the two say differently, and the
+    step of the newest checkpoint.
+    """
+    run = run_config(workdir)
+    model: dict[str, Any] = run["model"]
+    config.model.update({**lora_options(model), "dtype": model["dtype"]})
+    for key in ("path", "compute_dtype", "rope_theta", "max_position"):
+        config.model[key] = config.model[key] or model.get(key, config.model[key])
+    notes = []
+    for key, ours in flat_keys(
+        {"prompt": config.prompt.to_dict(), "reward": {"after": config.reward.after}}
+    ).items():
+        theirs = flat_keys(run).get(key, "")
+        if ours != theirs:
+            notes.append(f"{key} is {ours!r} here and was {theirs!r} in training")
+    if not (workdir / "checkpoints").is_dir():
+        return notes, None  # `restore_params` says what is missing
+    manager = open_checkpoints(workdir)
+    step = manager.latest_step()
+    manager.close()
+    return notes, step
+
+
+def _record(config: ConfigDict, sets, problems, workdir, step: int | None) -> dict[str, Any]:
+    """Returns what the samples depend on: two evaluations of the same record are the same."""
+    options = ("samples", "grade", "group", "name")
+    model = {name: x for name, x in config.model.to_dict().items() if name != "remat"}
+    record = {
+        "model": model,
+        "workdir": workdir,
+        "restored_step": step,
+        "seed": config.seed,
+        "prompt": config.prompt.to_dict(),
+        "reward": config.reward.to_dict(),
+        "sampling": {
+            "temperature": config.eval.temperature,
+            "max_new_tokens": config.eval.max_new_tokens,
+            "stop": config.sample.stop,
+        },
+        "sets": {
+            chosen.key: {
+                **{name: getattr(chosen, name) for name in options},
+                "problems": len(problems[chosen.key]),
+                "sha256": digest(problems[chosen.key]),
+            }
+            for chosen in sets
+        },
+    }
+    return json.loads(json.dumps(record))  # tuples become lists, as they will be read back
+
+
+def _print_results(found, entries, sets: list[BenchmarkSet], title: str, notes: list[str]) -> None:
+    console = Console()
+    console.print(title, markup=False, highlight=False)
+    of = {group: sum(chosen.group == group for chosen in sets) for group in GROUPS}
+    for table in (*accuracy_tables(found, entries, of), detail_table(found, entries)):
+        console.print(table)
+    for chosen in sets:
+        if chosen.key in found["skipped"]:
+            print(f"left out: {chosen.name}: {found['skipped'][chosen.key]}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes a file, all of it or nothing."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def _compare(out_a: str, out_b: str) -> None:
+    found = compare(out_a, out_b)
+    Console().print(comparison_table(found, out_a, out_b))
+    for key in found["changed"]:
+        print(f"differs: {key}")
+    print(json.dumps(found))
+
+
+def _grade_stored(args: argparse.Namespace, config: ConfigDict) -> None:
+    """Grades completions of a file, and lists where it disagrees with the labels there."""
+    sets = _sets(config)
+    named = any(chosen.file for chosen in sets) or config.data_dir
+    problems, _ = read_sets(sets, config.data_dir) if named else ({}, {})
+    rows = grade_stored(
+        args.completions, sets, problems, after=config.reward.after,
+        reward_fn=load_object(config.reward.fn, "reward.fn"),
+    )  # fmt: skip
+    found = agreement(rows, config.reward.solved_at)
+    if args.out:
+        out = pathlib.Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "agreement.json", found)
+    differ = found.pop("disagreements")
+    for row in differ:
+        shown = {name: row[name] for name in ("set", "id", "gold", "answer", "reward", "correct")}
+        print(f"disagreement: {json.dumps(shown)}")
+    print(json.dumps({**found, "disagreements": len(differ)}))
 
 
 if __name__ == "__main__":

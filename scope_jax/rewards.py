@@ -3,15 +3,15 @@ r"""Rewards: is the final answer of a completion right?
 `verify` takes the answer out of the text, decides equal strings and plain numbers on the spot and
 asks math-verify (https://github.com/huggingface/Math-Verify) about the rest in worker processes:
 
-    completion -> extract_answer -> _fast_verdict -> True / False
+    completion -> extract_answer -> fast_verdict -> True / False
                                          | None (undecided)
                                          +-> pipe -> worker: math-verify -> True / False
 
 Why processes: math-verify limits itself by `signal.alarm`, which raises outside of the main thread
 and cannot interrupt one long C call (9^{9^9} freezes the interpreter). Why not `multiprocessing`:
 fork is unsafe beside jax, and spawn imports the caller's `__main__`, which breaks notebooks and
-scripts without a guard. A worker is this file run by its path: it imports neither the caller, nor
-the package, nor jax; hence nothing but the standard library is imported up here. POSIX only.
+scripts without a guard. A worker is answer_worker.py run by its path: it imports neither the
+caller, nor the package, nor jax. POSIX only.
 """
 
 import atexit
@@ -19,36 +19,29 @@ import collections
 import contextlib
 import dataclasses
 import json
-import logging
 import os
-import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from multiprocessing.connection import wait
 
-MAX_CHARS = 20_000  # never more text than this is checked
-MAX_NUMBER_CHARS = 40  # longer digits are no plain number; keeps Fraction cheap
+from scope_jax import answer_worker
+from scope_jax.answers import (
+    MAX_CHARS,
+    as_formula,
+    extract_answer,
+    fast_verdict,
+    find_choice,
+    normalise,
+    read_choice,
+    read_gold,
+)
+
 MAX_BARE_CHARS = 200  # an unmarked one-line completion up to this may itself be the answer
 START_SECONDS = 60.0  # `import math_verify` takes 0.7 s, on a busy machine many times that
-WORKER_BYTES = 2 << 30  # address space of one worker
 WORKER_CHECKS = 2000  # after so many a worker makes way for a new one: slow leaks end
-
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # "\\." skips escaped braces
-# Shown as nothing, whatever stands beside them; not so what turns the direction of the text.
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-_DECIMAL = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_RATIONAL = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
-_FRAC = re.compile(r"([+-]?)\\frac\{([^{}]*)\}\{([^{}]*)\}")
-# "72 clips" is 72: math-verify drops the units that it knows and takes c*l*i*p*s for variables.
-# Words of one or two letters may be variables; those listed change the number.
-_NUMBER_OF_THINGS = re.compile(
-    rf"([+-]?{_DECIMAL}) ((?!(?:percent|dozen|hundred|thousand|[mb]illion|sin|cos|tan|log|and)\b)"
-    r"[A-Za-z]{3,}(?: [A-Za-z]+)*)"
-)
 
 _Request = tuple[str, tuple[str, ...]]  # the gold and the ways to read the answer, for math-verify
 
@@ -126,18 +119,18 @@ def verify_batch(
     for i, (gold, completion) in enumerate(zip(golds, completions, strict=True)):
         truth, marked = read_gold(gold), extract_answer(completion)
         tail = completion[-MAX_CHARS:]
-        answer = _normalise(tail if marked is None else marked)
+        answer = normalise(tail if marked is None else marked)
         if not truth:
             raise ValueError(f"gold {i} has no answer: {gold[:80]!r}")
-        verdict = _fast_verdict(truth, answer)
+        verdict = fast_verdict(truth, answer)
         if verdict is not None:
             verdicts[i] = verdict
             continue
-        readings = (_as_formula(answer),)
+        readings = (as_formula(answer),)
         if marked is None:
             bare = len(answer) <= MAX_BARE_CHARS and "\n" not in completion.strip()
             readings = (tail, *readings) if bare else (tail,)
-        undecided.setdefault((_as_formula(truth), readings), []).append(i)
+        undecided.setdefault((as_formula(truth), readings), []).append(i)
     if undecided:
         with _LOCK:
             checked = _check_in_workers(list(undecided), num_workers, timeout)
@@ -147,91 +140,53 @@ def verify_batch(
     return verdicts
 
 
-def score_completions(
-    fn: Callable[[str, str], bool | float], golds: Sequence[str], completions: Sequence[str]
-) -> list[float]:
-    """Returns fn(gold, completion) of each pair as a float; `verify` runs as one batch."""
-    if fn is verify:
-        return [float(right) for right in verify_batch(golds, completions)]
-    return [float(fn(gold, text)) for gold, text in zip(golds, completions, strict=True)]
+def verify_choice(gold: str, completion: str) -> bool:
+    r"""Returns whether a multiple-choice completion names the gold's option, one letter of A to J.
 
+    The completion's choice is the letter in its last closed box, however it is spelled there
+    (`\boxed{C}`, `\boxed{\text{(C)}}`, `\boxed{C. 12 m}`, ...). Without a box it is what the last
+    line says in so many words ("The answer is (C)."). More than one letter is no choice.
 
-def extract_answer(text: str) -> str | None:
-    r"""Returns the last closed `\boxed{...}`, else the line after the last "####", else None.
-
-    A box that is never closed (the completion was cut off inside it) is no box.
-
-    >>> extract_answer(r"#### 3, or rather \boxed{\frac{1}{2}}")
-    '\\frac{1}{2}'
+    Raises:
+      ValueError: the gold, a bare or boxed letter, is none.
     """
-    last, answer = -1, None
-    if "\\boxed" in text:
-        opened: list[tuple[int, bool]] = []  # (where the content starts, is it a box)
-        for token in _BOX_OR_BRACE.finditer(text):  # one pass: linear in hostile text, too
-            if token[0] == "}" and opened:
-                start, is_box = opened.pop()
-                if is_box and start > last:
-                    last, answer = start, text[start : token.start()]
-            elif token[0] == "{" or token[0].startswith("\\boxed"):
-                opened.append((token.end(), token[0] != "{"))
-    if answer is None and "####" in text:
-        answer = text[text.rindex("####") + 4 :].partition("\n")[0]
-    return None if answer is None else answer.strip()
+    truth = read_choice(gold)
+    if truth is None:
+        raise ValueError(
+            f"the gold of a multiple-choice problem is no letter A to J: {gold[:80]!r}"
+        )
+    return find_choice(completion) == truth
 
 
-def read_gold(gold: str) -> str:
-    """Returns what answers are compared with; "" if the gold holds none, which `verify` refuses."""
-    marked = extract_answer(gold)
-    return _normalise(gold if marked is None else marked)
+def score_completions(
+    fn: Callable[[str, str], bool | float],
+    golds: Sequence[str],
+    completions: Sequence[str],
+    *,
+    after: str = "",
+) -> list[float]:
+    """Returns fn(gold, completion) of each pair as a float; `verify` runs as one batch.
 
-
-def _normalise(answer: str) -> str:
-    r"""Returns the answer less what never changes its meaning: $, \left, \!, spaces, U+200B."""
-    if len(answer) > MAX_CHARS:
-        return answer  # no real answer; `_fast_verdict` lets it equal only itself
-    answer = _INVISIBLE.sub("", answer).strip().strip("*")
-    answer = answer.replace("\\$", "").replace("$", "").strip()
-    if answer[:2] in ("\\(", "\\[") and answer[-2:] in ("\\)", "\\]"):
-        answer = answer[2:-2]
-    answer = answer.replace("\\!", "").replace("{,}", ",").replace("\\%", "%").replace("−", "-")
-    answer = re.sub(r"(?<!\\)\\[,;: ]", " ", answer)
-    answer = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", answer)
-    answer = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", answer)
-    answer = re.sub(r"\s+", " ", answer)
-    answer = re.sub(r" ?([-+*/=^(){}<>]) ?", r"\1", answer).strip().rstrip(". ")
-    words = re.fullmatch(r"\\(?:text|textbf|mathrm|mbox)\{([^{}\\]*)\}", answer)
-    return words[1].strip(" .") if words else answer
-
-
-def _number(answer: str) -> Fraction | None:
-    """Returns the exact value of a plain decimal or fraction ("-1,234.5", "3/4"), else None."""
-    match = None
-    if len(answer) <= MAX_NUMBER_CHARS:
-        match = _RATIONAL.fullmatch(_FRAC.sub(r"\1\2/\3", answer))
-    if match is None:
-        return None
-    above, below = (Fraction((part or "1").replace(",", "")) for part in match.group(2, 3))
-    return None if below == 0 else above / below * (-1 if match[1] == "-" else 1)
-
-
-def _fast_verdict(gold: str, answer: str) -> bool | None:
-    """Returns what is certain of two normalised answers without algebra; None if nothing is."""
-    if not answer or gold == answer:
-        return bool(answer)
-    if max(len(gold), len(answer)) > MAX_CHARS:
-        return False
-    gold_value, value = _number(gold), _number(answer)
-    if gold_value is None or value is None:
-        return None
-    # math-verify rounds decimals to 6 places: near misses are left to it, so that we never differ.
-    near = abs(gold_value - value) < Fraction(1, 100_000)
-    return gold_value == value if gold_value == value or not near else None
-
-
-def _as_formula(answer: str) -> str:
-    """Returns a normalised answer as one formula, which math-verify then reads as a whole."""
-    things = _NUMBER_OF_THINGS.fullmatch(answer)
-    return f"${things[1]} \\text{{ {things[2]}}}$" if things else f"${answer}$"
+    Args:
+      fn: e.g. `verify` or `verify_choice`.
+      golds: one gold per completion.
+      completions: as many texts.
+      after: e.g. "</think>": only the text behind its last occurrence is checked, and a completion
+        without it is worth 0, unchecked. "": the whole text is.
+    """
+    if len(golds) != len(completions):
+        raise ValueError(f"{len(golds)} golds for {len(completions)} completions")
+    kept = [i for i, text in enumerate(completions) if after in text]
+    golds = [golds[i] for i in kept]
+    texts = [completions[i].rpartition(after)[2] if after else completions[i] for i in kept]
+    if fn is verify:
+        found = verify_batch(golds, texts)
+    else:
+        found = [fn(gold, text) for gold, text in zip(golds, texts, strict=True)]
+    scores = [0.0] * len(completions)
+    for i, score in zip(kept, found, strict=True):
+        scores[i] = float(score)
+    return scores
 
 
 # ---- the pool, in the caller's process -----------------------------------------------------------
@@ -243,7 +198,7 @@ class _Worker:
     def __init__(self) -> None:
         self.process = subprocess.Popen(
             # -P: else scope_jax/ itself heads sys.path, and our data.py could hide another one.
-            [sys.executable, "-P", os.path.abspath(__file__)],
+            [sys.executable, "-P", os.path.abspath(answer_worker.__file__)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -353,80 +308,3 @@ def _started(worker: _Worker, reply: str | bool | None, failed_starts: int) -> i
 def _stop_workers() -> None:
     for worker in list(_POOL):
         worker.kill()
-
-
-# ---- the worker process --------------------------------------------------------------------------
-
-
-def _parse_in_two_stages() -> None:
-    """Makes latex2sympy parse by ANTLR's fast prediction first; most of a check's time is parsing.
-
-    The fast one (SLL) ends in the tree of the full one (LL) or in a syntax error
-    (https://www.antlr.org/papers/allstar-techreport.pdf); after an error the full one has its turn.
-    """
-    from antlr4.atn.PredictionMode import PredictionMode
-    from latex2sympy2_extended import latex2sympy2
-
-    class TwoStages(latex2sympy2._Latex2Sympy):
-        mode = PredictionMode.LL
-
-        def create_parser(self, latex_str):
-            parser = super().create_parser(latex_str)
-            parser._interp.predictionMode = self.mode
-            return parser
-
-        def parse(self, latex_str):
-            self.mode = PredictionMode.SLL
-            try:
-                return super().parse(latex_str)
-            except Exception:  # the time limit's is a BaseException, and passes
-                self.mode = PredictionMode.LL
-                return super().parse(latex_str)
-
-    latex2sympy2._Latex2Sympy = TwoStages
-
-
-def _serve() -> None:
-    """Answers requests [gold, readings, timeout] on stdin, until it closes: true, false, "slow"."""
-    import resource
-
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever sympy or antlr print must not mix with the replies
-
-    def send(reply: str | bool) -> None:
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-    logging.disable(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    try:
-        import math_verify
-        from math_verify.errors import TimeoutException
-
-        with contextlib.suppress(ImportError, AttributeError):  # of another version: slower
-            _parse_in_two_stages()
-        math_verify.parse("$\\frac{1}{2}$")  # builds the parser's tables before the clock runs
-    except Exception as error:
-        return send(repr(error)[:1000])
-    send("ready")
-    max_cpu_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    for line in sys.stdin.buffer:
-        gold, readings, timeout = json.loads(line)
-        start, limit = time.monotonic(), max(1, int(timeout / 2))  # below the caller's own limit
-        # If the caller is killed meanwhile, only this ends a C call that would run for hours.
-        cpu_seconds = int(time.process_time() + 2 * timeout) + 2
-        with contextlib.suppress(ValueError):  # the user's own limit is lower
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, max_cpu_seconds))
-        try:
-            truth = math_verify.parse(gold, parsing_timeout=limit)
-            answers = [a for r in readings for a in math_verify.parse(r, parsing_timeout=limit)]
-            equal = bool(math_verify.verify(truth, answers, timeout_seconds=limit))
-        except (Exception, TimeoutException):  # hostile text finds every kind of error
-            equal = False
-        send("slow" if not equal and time.monotonic() - start >= limit else equal)
-
-
-if __name__ == "__main__":
-    _serve()

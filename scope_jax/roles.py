@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from scope_jax.records import (
     InputError,
     Prompts,
 )
+from scope_jax.rewards import score_completions
 from scope_jax.sampling import INT8, continue_from, decoding_layout
 from scope_jax.scorers import Scorer, oracle_scorer, text_scorer, token_scorer
 from scope_jax.sharding import (
@@ -67,9 +68,9 @@ class Policy(NamedTuple):
     model: Any
     tokenizer: Any
     ends: dict[str, Any]  # of `generate`: what ends a row, and what stands behind the end
-    tokenize: Callable[[Any], Prompts]  # records -> their prompts, rendered and in one bucket
+    tokenize: Callable[..., Prompts]  # records -> their prompts, rendered and in one bucket
     problems: Callable[[str], Any]  # split -> random-access source of records
-    reward_fn: Callable[[str, str], float]  # (gold, completion)
+    rewards: Callable[..., np.ndarray]  # (golds, completions) -> what each is worth, float32
     check_steps: Any  # the task's exact step checker, if it has one
 
     @property
@@ -121,10 +122,15 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Any]:
         problems=functools.partial(
             problems, **{name: value for name, value in config.task.items() if name != "module"}
         ),
-        reward_fn=reward_fn,
+        rewards=functools.partial(score_texts, reward_fn, after=config.reward.after),
         check_steps=check_steps,
     )
     return policy, params
+
+
+def score_texts(reward_fn, golds: Sequence[str], texts: Sequence[str], *, after: str) -> np.ndarray:
+    """Returns the rewards [B] float32 of B completions; see `rewards.score_completions`."""
+    return np.asarray(score_completions(reward_fn, golds, texts, after=after), np.float32)
 
 
 def compute_dtype(config: ConfigDict) -> str:

@@ -22,7 +22,6 @@ from scope_jax.records import (
     ScoreRequests,
     StepScores,
 )
-from scope_jax.rewards import score_completions
 from scope_jax.roles import Policy, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import continue_from, decoding_layout
 from scope_jax.sharding import host_part, own_rows, put_batch, replicate
@@ -82,8 +81,7 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
 def verify_rows(policy: Policy, ids, mask, records) -> np.ndarray:
     """Returns the rewards [B] float32 of completions [B, T] of B records."""
     texts = decode_completions(policy.tokenizer, ids, mask)
-    rewards = score_completions(policy.reward_fn, [record["gold"] for record in records], texts)
-    return np.asarray(rewards, np.float32)
+    return policy.rewards([record["gold"] for record in records], texts)
 
 
 def score_rows(
@@ -157,8 +155,7 @@ def score_by_rollouts(
     def solved(index, completions):
         texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         golds = [requests.records[i]["gold"] for i in index]
-        found = score_completions(policy.reward_fn, golds, texts)
-        return np.asarray(found) >= config.reward.solved_at
+        return policy.rewards(golds, texts) >= config.reward.solved_at
 
     rates = success_rates(
         requests.completion_ids, np.zeros(rows), requests.step_ends, step_mask, go_on, solved,

@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
 
+from scope_jax import data
 from scope_jax.data import (
     decode_completions,
     decode_steps,
     prompt_iterator,
     read_jsonl,
+    read_rows,
     render_prompt,
+    stream_rows,
     tokenize_prompts,
 )
 from scope_jax.models.hf import load_tokenizer
@@ -99,6 +103,111 @@ def test_damaged_gzip_file_is_named(tmp_path):
     ):
         file.write_bytes(damaged)
         assert refusal(read_jsonl, file).startswith(f"{file} is damaged: ")
+
+
+# --- Parquet --------------------------------------------------------------------------------------
+
+ROWS = [
+    {"a": 1, "b": "é", "prompt": [{"role": "user", "content": "1+1?"}], "more": {"x": None}},
+    {"a": 2, "b": None, "prompt": [], "more": {"x": 0.5}},
+    {"a": 3, "b": "", "prompt": None, "more": None},
+]
+
+
+def write_parquet(file, table, **options):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = table if isinstance(table, pyarrow.Table) else pyarrow.Table.from_pylist(table)
+    parquet.write_table(table, file, **options)
+    return file
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 1}, {"compression": "zstd"}])
+def test_parquet_gives_the_rows_that_jsonl_gives(options, tmp_path):
+    file = write_parquet(tmp_path / "rows.parquet", ROWS, **options)
+    lines = write_lines(tmp_path / "rows.jsonl", map(json.dumps, ROWS))
+    for row, line in zip(read_rows(str(file)), read_rows(lines), strict=True):
+        number = row["a"]
+        assert row.pop("_source") == f"{file}:row {number}"
+        assert line.pop("_source") == f"{lines}:{number}"
+        assert row == line == ROWS[number - 1]
+
+
+def test_rows_are_numbered_through_all_pieces_that_are_read(tmp_path):
+    count = 2 * data.PARQUET_ROWS + 3
+    table = [{"a": i} for i in range(count)]
+    file = write_parquet(tmp_path / "rows.parquet", table, row_group_size=100)
+    rows = read_rows(file, lambda row: (row["a"], row["_source"]))
+    assert rows == [(i, f"{file}:row {i + 1}") for i in range(count)]
+
+
+def test_a_stream_reads_no_further_than_it_is_asked(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path / "rows.parquet", [{"a": i} for i in range(1000)])
+    parquet = pytest.importorskip("pyarrow.parquet")
+    read, whole = [], parquet.ParquetFile.iter_batches
+
+    def watched(self, **options):
+        for batch in whole(self, **options):
+            read.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", watched)
+    rows = stream_rows(file)
+    assert [next(rows)[0] for _ in range(5)] == [1, 2, 3, 4, 5]
+    rows.close()
+    assert len(read) == 1 and read[0] <= data.PARQUET_ROWS
+
+
+def test_bad_parquet_rows_are_named_or_left_out(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    text = pyarrow.array([b"fine", b"\xff\xfe", b"refused", b"x" * 5000, b"good"])
+    text = pyarrow.StringArray.from_buffers(5, *text.buffers()[1:])  # bytes as they are
+    table = pyarrow.table({"text": text})
+    file = write_parquet(tmp_path / "rows.parquet", table)
+    monkeypatch.setattr(data, "MAX_LINE", 4000)
+
+    def parse(row):
+        if row["text"] == "refused":
+            raise InputError("no good")
+        return row["text"]
+
+    skipped = []
+    assert read_rows(file, parse, skipped=skipped) == ["fine", "good"]
+    assert [(bad["file"], bad["line"]) for bad in skipped] == [(str(file), i) for i in (2, 3, 4)]
+    assert skipped[0]["reason"].startswith("not readable: 'utf-8' codec can't decode")
+    assert [bad["reason"] for bad in skipped[1:]] == ["no good", "longer than 4,000 bytes"]
+    message = refusal(read_rows, file, parse)
+    assert message.startswith(f"{file}:row 2: not readable: ")
+    assert message.endswith("(and 2 more bad rows)")
+
+
+def test_damaged_parquet_file_is_named(tmp_path):
+    table = [{"a": f"{i} " * 50} for i in range(300)]
+    file = write_parquet(tmp_path / "rows.parquet", table, compression="zstd")
+    whole = file.read_bytes()
+    for broken in (
+        b"",
+        b'{"a": 1}\n',
+        whole[: len(whole) // 2],
+        whole[:-30] + b"\xff" * 22 + whole[-8:],
+        whole[:40] + b"\xff" * 200 + whole[240:],
+    ):
+        file.write_bytes(broken)
+        assert refusal(read_rows, file).startswith(f"{file} is damaged: ")
+    empty = write_parquet(tmp_path / "empty.parquet", [{"a": 1}])
+    table = pytest.importorskip("pyarrow.parquet").read_table(empty).slice(0, 0)
+    assert refusal(read_rows, write_parquet(empty, table)) == f"{empty} holds no rows"
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    file = tmp_path / "rows.parquet"
+    file.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refusal(read_rows, file) == (
+        f"reading {file} needs pyarrow: pip install pyarrow (or scope_jax[eval])"
+    )
+    lines = write_lines(tmp_path / "rows.jsonl", ['{"a": 1}'])
+    assert len(read_rows(lines)) == 1
 
 
 # --- Epochs ---------------------------------------------------------------------------------------

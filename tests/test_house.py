@@ -21,6 +21,8 @@ FLOORS = [
         "credit",
         "losses",
         "diversity",
+        "answers",
+        "answer_worker",
     ]
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
     ["models", "models.attention", "models.kv_cache", "models.transformer", "models.decoding"]
@@ -28,7 +30,8 @@ FLOORS = [
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.ledger"]
     + ["tasks.math_problems", "sampling", "rewards", "prm", "scorers", "endpoint", "teachers"]
     + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
-    ["roles", "run", "evaluate", "evaluate_prm", "export", "monte_carlo", "train_prm"]
+    ["roles", "run", "evaluate", "evaluate_prm", "evaluate_sets", "benchmark", "benchmark_report"]
+    + ["export", "monte_carlo", "train_prm"]
     + ["pretrain", "pretrain_texts", "programs", "plan"],
     ["train"],
 ]
@@ -44,7 +47,9 @@ SAME_FLOOR = {
     ("tasks.math_problems", "data"), ("tasks.math_problems", "rewards"), ("step_labels", "data"),
     ("teachers", "endpoint"), ("hlo", "hardware"), ("models.flops", "models.transformer"),
     ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
-    ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"), ("pretrain", "pretrain_texts"),
+    ("evaluate", "evaluate_prm"), ("evaluate", "evaluate_sets"), ("evaluate", "benchmark"),
+    ("evaluate", "benchmark_report"), ("evaluate_sets", "benchmark"), ("evaluate_sets", "roles"),
+    ("benchmark_report", "benchmark"), ("train_prm", "monte_carlo"), ("pretrain", "pretrain_texts"),
 }  # fmt: skip
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 import scope_jax.rewards as rewards
-from scope_jax.rewards import extract_answer, verifier_stats, verify, verify_batch
+from scope_jax.rewards import (
+    extract_answer,
+    score_completions,
+    verifier_stats,
+    verify,
+    verify_batch,
+    verify_choice,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -31,12 +38,15 @@ def read_rows(name):
 
 
 def run_script(code, *args, env=None):
-    """Runs `code`, which finds the module as `rewards`, as an unguarded script of a new process."""
+    """Runs `code`, which finds the module as `rewards`, as an unguarded script of a new process.
+
+    The package's own __init__, which imports jax, is left out.
+    """
     load = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('rewards', {rewards.__file__!r})\n"
-        "rewards = sys.modules['rewards'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(rewards)\n"
+        "import sys, types\n"
+        "package = sys.modules['scope_jax'] = types.ModuleType('scope_jax')\n"
+        f"package.__path__ = [{os.path.dirname(rewards.__file__)!r}]\n"
+        "from scope_jax import answer_worker, rewards\n"
     )
     environment = {**os.environ, **(env or {})}
     command = [sys.executable, *(args or ("-c", load + code))]
@@ -143,13 +153,13 @@ def test_different_plain_numbers_need_no_worker(gold, answer):
 
 @pytest.mark.parametrize(("gold", "answer"), UNDECIDED)
 def test_the_fast_path_leaves_doubtful_pairs_to_math_verify(gold, answer):
-    gold, answer = rewards._normalise(gold), rewards._normalise(answer)
-    assert rewards._fast_verdict(gold, answer) is None
+    gold, answer = rewards.normalise(gold), rewards.normalise(answer)
+    assert rewards.fast_verdict(gold, answer) is None
 
 
 def test_the_fast_path_agrees_with_math_verify(monkeypatch):
     pairs = EQUAL + DIFFERENT[:-1]
-    monkeypatch.setattr(rewards, "_fast_verdict", lambda *_: None)
+    monkeypatch.setattr(rewards, "fast_verdict", lambda *_: None)
     verdicts = verify_batch([g for g, _ in pairs], [boxed(a) for _, a in pairs])
     assert verdicts == [True] * len(EQUAL) + [False] * (len(DIFFERENT) - 1)
 
@@ -267,7 +277,7 @@ def test_an_answer_longer_than_the_limit_is_wrong_whatever_its_end():
 def test_math500_golds_equal_themselves(monkeypatch):
     golds = [row["answer"] for row in read_rows("math500.jsonl.gz")]
     assert all(verify_batch(golds, [boxed(gold) for gold in golds]))
-    monkeypatch.setattr(rewards, "_fast_verdict", lambda *_: None)
+    monkeypatch.setattr(rewards, "fast_verdict", lambda *_: None)
     sample = golds[::5]
     checks = verify_batch(sample, [boxed(gold) for gold in sample])
     assert [gold for gold, equal in zip(sample, checks, strict=True) if not equal] == []
@@ -283,7 +293,7 @@ def test_fast_parsing_gives_the_trees_of_the_full_one():
         "        except Exception as error: yield type(error).__name__\n"
         "texts = json.loads(sys.argv[1])\n"
         "full, parse = list(trees(texts)), latex2sympy2._Latex2Sympy\n"
-        "rewards._parse_in_two_stages()\n"
+        "answer_worker.parse_in_two_stages()\n"
         "assert latex2sympy2._Latex2Sympy is not parse\n"
         "print(json.dumps([full, list(trees(texts))]))\n"
     )
@@ -497,3 +507,148 @@ def test_what_the_checker_prints_is_not_taken_for_its_verdict(tmp_path):
     code = "print(rewards.verify_batch(['a', 'a'], ['#### no', '#### yes'], num_workers=1))"
     done = run_script(code, env={"PYTHONPATH": str(tmp_path)})
     assert (done.stdout, done.stderr) == ("[False, True]\n", "")
+
+
+# ---- multiple choice, and the text after a mark --------------------------------------------------
+
+SPELLINGS = [
+    r"\boxed{C}",
+    r"\boxed{c}",
+    r"\boxed{(C)}",
+    r"\boxed{(c)}",
+    r"\boxed{[C]}",
+    r"\boxed{C.}",
+    r"\boxed{C)}",
+    r"\boxed{ C }",
+    r"\boxed{\text{C}}",
+    r"\boxed{\text{(C)}}",
+    r"\boxed{\text{ (C) }}",
+    r"\boxed{\mathrm{C}}",
+    r"\boxed{\textbf{(C)}}",
+    r"\boxed{\textbf{(C) } 12}",
+    r"\boxed{\textbf{(C)}\ 12 \text{ m}}",
+    r"\boxed{\text{C. } 12\text{ m}}",
+    r"\boxed{C) 12 m}",
+    r"\boxed{c) 12 m}",
+    r"\boxed{(C)12 m}",
+    r"\boxed{C. 12 m}",
+    r"\boxed{C: the moon}",
+    r"\boxed{C:the moon}",
+    r"\boxed{\text{Option C}}",
+    r"\boxed{\text{Answer: C}}",
+    r"\boxed{$C$}",
+    r"\boxed{**C**}",
+    r"\boxed{C. A dog and a cat}",
+    r"\boxed{(C) A and not B}",
+    r"First \boxed{A}, no: \boxed{C}",
+    "#### C",
+    "C",
+    "(C).",
+    "I think.\n\n**C**\n",
+    "The answer is C",
+    "The answer is (C).",
+    "Not A.\nSo the correct answer is **(C)**.",
+    "Answer: C",
+    "ANSWER: C) 12 m",
+    "Final answer: $\\textbf{(C)}$ 12 m",
+    "Therefore the correct option is C.",
+    "The correct choice is: (C) because it floats.",
+]
+NO_C = [
+    r"\boxed{B}",
+    r"\boxed{C}, no: \boxed{B}",
+    r"\boxed{C} or rather \boxed{12}",
+    r"\boxed{A, C}",
+    r"\boxed{C, D}",
+    r"\boxed{C and D}",
+    r"\boxed{(C), (D)}",
+    r"\boxed{(C) and (D)}",
+    r"\boxed{(C) or D}",
+    r"\boxed{(C)(D)}",
+    r"\boxed{C/D}",
+    r"\boxed{c:d}",
+    r"\boxed{C = 3}",
+    r"\boxed{C+1}",
+    r"\boxed{CD}",
+    r"\boxed{Cat}",
+    r"\boxed{cold water}",
+    r"\boxed{\text{cat}}",
+    r"\boxed{3C}",
+    r"\boxed{C_2}",
+    r"\boxed{K}",
+    r"\boxed{}",
+    r"\boxed{C",
+    "",
+    "c",
+    "The answer is c: it is cold.",
+    "The answer is not C.",
+    "The answer is either (C) or (D).",
+    "The answer is (C) or (D).",
+    "The answer is Carbon.",
+    "The answer is C-14.",
+    "The answer is C.\nNo, I cannot say.",
+    "C is too warm, D is too cold.",
+    "Option C is tempting.",
+    "Is the answer (C)?",
+]
+
+
+@pytest.mark.parametrize("completion", SPELLINGS)
+def test_a_choice_is_its_letter_however_it_is_spelled(completion):
+    assert verify_choice("C", completion)
+    assert not verify_choice("B", completion) and not verify_choice("A", completion)
+
+
+@pytest.mark.parametrize("completion", NO_C)
+def test_what_does_not_clearly_choose_c_is_wrong(completion):
+    assert not verify_choice("C", completion)
+
+
+def test_every_letter_from_a_to_j_is_an_option_in_every_spelling_of_the_gold():
+    for letter in "ABCDEFGHIJ":
+        for gold in (letter, f"({letter})", f"\\boxed{{\\text{{{letter}}}}}", f"{letter}."):
+            for other in "ABCDEFGHIJ":
+                assert verify_choice(gold, f"\\boxed{{({other})}}") is (other == letter)
+
+
+@pytest.mark.parametrize("gold", ["", "K", "12", "AB", "A or B", "cold"])
+def test_a_gold_that_is_no_letter_is_an_error_of_the_data(gold):
+    with pytest.raises(ValueError, match="no letter A to J"):
+        verify_choice(gold, r"\boxed{A}")
+
+
+def test_only_the_text_behind_the_last_mark_is_checked():
+    completions = [
+        r"\boxed{7}</think>\boxed{5}",
+        r"\boxed{5}</think>\boxed{7}",
+        r"\boxed{5}",  # never stopped thinking
+        r"</think>\boxed{7} and</think> so \boxed{5}",
+        r"\boxed{5}</think>",
+        "",
+    ]
+    golds = ["5"] * 6
+    for fn in (verify, lambda gold, text: verify(gold, text)):
+        assert score_completions(fn, golds, completions, after="</think>") == [1, 0, 0, 1, 0, 0]
+        assert score_completions(fn, golds, completions) == [1, 0, 1, 1, 1, 0]
+
+
+def test_a_completion_without_the_mark_is_not_checked_at_all():
+    seen = []
+
+    def reward(gold, text):
+        seen.append((gold, text))
+        return 0.5
+
+    assert score_completions(reward, ["a", "b"], ["x", "y|z"], after="|") == [0.0, 0.5]
+    assert seen == [("b", "z")]
+    with pytest.raises(ValueError, match="2 golds for 1 completions"):
+        score_completions(reward, ["a", "b"], ["x"], after="|")
+
+
+def test_the_texts_behind_the_mark_are_one_batch(monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        rewards, "verify_batch", lambda *args: batches.append(args) or [True, False]
+    )
+    assert score_completions(verify, ["1", "2", "3"], ["a|b", "c", "d|e"], after="|") == [1, 0, 0]
+    assert batches == [(["1", "3"], ["b", "e"])]
