@@ -96,6 +96,33 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     return config
 
 
+def shrink(config: ConfigDict) -> ConfigDict:
+    """Returns a config of any scale as its `runlocal` form: two steps of the worksheet's policy,
+    PRM and teacher, which the package brings, with sizes that divide over up to eight devices.
+
+    Method, loss, LoRA, optimizer, remat and dtypes stay what they are.
+    """
+    models = "scope_jax/tasks/worksheet_models"
+    config = config.copy_and_resolve_references()
+    config.total_steps = 2
+    config.task = {"module": "scope_jax.tasks.worksheet", "n": 3, "ood_n": 3, "seed": 0}
+    config.reward.update(fn="scope_jax.tasks.worksheet:verify", after="")
+    config.prompt.update(template="{problem}", chat=False, system="", assistant="")
+    config.data.update(prompts_per_step=8, max_prompt_length=16)
+    config.model.update(path=f"{models}/policy", rope_theta=0.0, max_position=0)
+    config.prm.update(path=f"{models}/prm", format="", reads="policy_tokens", batch_size=0)
+    config.teacher.update(kind="model", path=f"{models}/teacher")
+    config.mesh.update(data=-1, fsdp=1, model=1, decode_model=0)
+    config.sample.update(group_size=2, max_new_tokens=24, slots=0, stop=())
+    config.steps.update(splitter="\n", max_steps=5)
+    config.learn.update(mini_batches=1, micro_batches=1)
+    config.eval.update(
+        every=0, problems=8, batch_size=8, group_size=2, max_new_tokens=24, split="test", ood=True
+    )
+    config.log.update(rollouts_every=1, diversity_every=1)
+    return config
+
+
 def load_config(spec: str, overrides: list[str]) -> ConfigDict:
     """Loads PATH[:arg] and applies "--config.a.b=value" overrides.
 

@@ -389,7 +389,9 @@ def _in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
     return future
 
 
-def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system: str = "") -> str:
+def render_prompt(
+    tokenizer, problem: str, *, template: str, chat: bool, system: str = "", assistant: str = ""
+) -> str:
     """Returns the text of a prompt.
 
     Args:
@@ -399,13 +401,16 @@ def render_prompt(tokenizer, problem: str, *, template: str, chat: bool, system:
       chat: wrap it in the chat template, with `system` (if any) before it, up to the assistant's
         turn.
       system: the system message; `tokenize_prompts` puts a record's own "system" in its place.
+      assistant: opens the assistant's turn ("<think>", say); left out where the chat template ends
+        in it already.
     """
     text = template.replace("{problem}", problem)  # not str.format: problems contain braces
     if not chat:
-        return system + text
+        return system + text + assistant
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text if text.endswith(assistant) else text + assistant
 
 
 def render_record(render: Callable[..., str], record: dict) -> str:

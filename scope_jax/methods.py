@@ -25,7 +25,8 @@ def default_config() -> ConfigDict:
                 # reward is 0; "" = the whole completion
                 "after": "",
             },
-            "prompt": {"template": "{problem}", "chat": True, "system": ""},
+            # assistant: text that opens the assistant's turn, "<think>\n"
+            "prompt": {"template": "{problem}", "chat": True, "system": "", "assistant": ""},
             "data": {"prompts_per_step": 128, "max_prompt_length": 1024},
             # Models
             "model": {
@@ -50,6 +51,8 @@ def default_config() -> ConfigDict:
                 # prompt and completion as sampled, each step read at its last token
                 "reads": "text",
                 "max_length": 4096,  # longer texts are left unscored, and counted
+                # not 0: they are read in overlapping windows of so many tokens (scorers.py)
+                "window": 0,
                 "batch_size": 0,  # rows in one forward; 0 = all
             },
             "teacher": {

@@ -1,6 +1,6 @@
 """What a run would need on a TPU, before one is rented: memory, time and what to change.
 
-    python -m scope_jax.plan --config openr1_qwen7b --topology v5p:2x2x2
+    python -m scope_jax.plan --config qwen2_5_math_7b --topology v5p:2x2x2
 
 Every program of a training step is compiled for the topology, on any machine (no accelerator; the
 `aot` extra brings libtpu). Memory is the compiler's own figure, plus the arrays that lie there
@@ -13,6 +13,7 @@ turn, and the first setting that does is named.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ from scope_jax.hlo import Estimate, estimate, parse
 from scope_jax.models.flops import causal_pairs, forward_flops
 from scope_jax.models.hf import config_from_hf, read_config, resolve
 from scope_jax.models.lora import make_lora
-from scope_jax.models.published import PUBLISHED
+from scope_jax.models.published import PUBLISHED, share_tokenizer
 from scope_jax.models.transformer import Transformer, TransformerConfig, declare
 from scope_jax.prm import PRM
 from scope_jax.programs import (
@@ -45,6 +46,7 @@ from scope_jax.programs import (
 )
 from scope_jax.records import InputError
 from scope_jax.roles import (
+    BUCKET_FACTOR,
     check_options,
     compute_dtype,
     group_slots,
@@ -175,6 +177,8 @@ def teaching(config: ConfigDict, models: Models, mesh, tokens: float) -> dict[st
     each = config.correct.n_correct if config.correct.n_correct > 0 else config.sample.group_size
     rows, columns = config.data.prompts_per_step * each, config.sample.max_new_tokens
     width = config.data.max_prompt_length + columns
+    if not share_tokenizer(config.model.path, config.teacher.path):
+        width *= BUCKET_FACTOR
     lowered, sizes = decode_programs(
         models.teacher, mesh, prompts=rows, group=1, width=width, columns=columns
     )
@@ -205,8 +209,12 @@ def decoding(
     }
 
 
-def scoring(config: ConfigDict, models: Models, mesh) -> dict[str, Program]:
-    """Returns the program that scores the rollouts' steps."""
+def scoring(config: ConfigDict, models: Models, mesh, tokens: float) -> dict[str, Program]:
+    """Returns the program that scores the rollouts' steps.
+
+    Args:
+      tokens: of a completion, on average; the problem is taken to be as long as it may get.
+    """
     if models.prm is None:
         return {}
     rows = config.data.prompts_per_step * config.sample.group_size
@@ -214,6 +222,11 @@ def scoring(config: ConfigDict, models: Models, mesh) -> dict[str, Program]:
     if config.prm.reads == "policy_tokens" or not config.prm.path:
         length = config.data.max_prompt_length + config.sample.max_new_tokens
     length = min(length, models.prm.max_position)
+    whole = config.data.max_prompt_length + tokens
+    if config.prm.window and whole > length:  # a further window scores half of its room
+        window = min(config.prm.window, length)
+        room = max(1, window - config.data.max_prompt_length)
+        rows *= 1 + math.ceil(max(0, whole - window) / (room / 2))
     lower = score_program(
         models.prm, models.prm_params, mesh, rows=batch, length=length,
         steps=config.steps.max_steps,
@@ -366,7 +379,7 @@ def plan(config: ConfigDict, topology: str, *, tokens: float | None = None, say=
             lambda c: sampling(c, models, decode_mesh, tokens),
             lambda c: smaller_slots(c, decode_shards),
         ),
-        "score": (lambda c: scoring(c, models, mesh), lambda c: smaller_scoring(c, shards)),
+        "score": (lambda c: scoring(c, models, mesh, tokens), lambda c: smaller_scoring(c, shards)),
         "teach": (lambda c: teaching(c, models, decode_mesh, tokens), lambda _: ()),
         "update": (update_stage, lambda c: leaner_updates(c, shards)),
     }
@@ -513,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m scope_jax.plan",
         description="Compiles every program of a training step for a TPU topology, without a TPU, "
         "and says what fits, how long a step would take and what to change.",
-        epilog="example: python -m scope_jax.plan --config openr1_qwen7b --topology v5p:2x2x2",
+        epilog="example: python -m scope_jax.plan --config qwen2_5_math_7b --topology v5p:2x2x2",
     )
     parser.add_argument("--config", required=True, help="file or shipped name, with :arg if any")
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:2x2x2, v6e:4x4, ..")

@@ -20,6 +20,7 @@ from scope_jax.data import (
     tokenize_prompts,
 )
 from scope_jax.endpoint import Endpoint, open_cache, read_api_key
+from scope_jax.hosts import all_hosts
 from scope_jax.locate import LOCATORS, SELECT, TRIGGERS
 from scope_jax.losses import LOSS_AGGREGATIONS, OFF_POLICY, RATIOS
 from scope_jax.models.hf import load_hf, load_tokenizer
@@ -211,6 +212,11 @@ def check_options(config: ConfigDict, mesh) -> None:
         raise InputError(
             "learn.is_weights needs learn.old_logps=recompute: what would it weigh by?"
         )
+    if not 0 <= config.prm.window <= config.prm.max_length:
+        raise InputError(
+            f"prm.window={config.prm.window} must lie between 0 (off) and prm.max_length="
+            f"{config.prm.max_length}"
+        )
     if config.advantages.scale != "none" and config.returns.kind in ("prm_returns", "vppo"):
         raise InputError(
             f'returns.kind="{config.returns.kind}" differs from token to token and needs '
@@ -320,10 +326,12 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
         backbone = {name: x for name, x in weights.items() if name != "unembed"}
         prm_params = {"backbone": jax.tree.map(jnp.copy, backbone), "head": head}
 
+    # `ids` are this process's rows, and batch_size is of all processes'.
+    block = max(1, options.batch_size // jax.process_count()) if options.batch_size else 0
+    windows = {"block": block, "most": lambda count: max(all_hosts(count))}
+
     def score_fn(ids, mask, score_positions, step_mask):
-        # `ids` are this process's rows, and batch_size is of all processes'.
-        size, parts = max(1, options.batch_size // jax.process_count()), []
-        size = size if options.batch_size else len(ids)
+        size, parts = block or len(ids), []
         for start in range(0, len(ids), size):
             columns = (x[start : start + size] for x in (ids, mask, score_positions, step_mask))
             columns = put_batch(tuple(columns), policy.mesh)
@@ -333,13 +341,16 @@ def load_scorer(config: ConfigDict, policy: Policy, params) -> Scorer | None:
     if options.path and options.reads == "text":
         layout = PRMTexts(tokenizer, prm.format, options.path)
         limit = min(options.max_length, prm.max_position)
-        return text_scorer(score_fn, layout, policy.tokenizer, max_length=limit)
+        windows["window"] = min(options.window, limit)
+        return text_scorer(score_fn, layout, policy.tokenizer, max_length=limit, **windows)
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise InputError(
             f"PRM {options.path} has another tokenizer than policy {config.model.path}, so it "
             "cannot read the policy's tokens: set --config.prm.reads=text"
         )
-    return token_scorer(score_fn, max_length=prm.max_position)
+    limit = prm.max_position
+    windows["window"] = min(options.window, limit)
+    return token_scorer(score_fn, max_length=limit, **windows)
 
 
 def load_teacher(

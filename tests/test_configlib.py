@@ -1,10 +1,19 @@
 import json
+import pathlib
 
 import pytest
 
 from scope_jax.configlib import claim_workdir, load_config, load_object, override, parse_arg
 from scope_jax.methods import METHODS, default_config
+from scope_jax.models.published import PUBLISHED
 from scope_jax.records import InputError
+
+RECIPES = ("qwen2_5_math_7b", "qwen2_5_math_7b:plain", "qwen2_5_math_7b:fsdp=16")
+RECIPES += ("qwen2_5_math_1_5b", "qwen2_5_math_1_5b:plain", "qwen3_0_6b", "llama3_1_8b")
+SHIPPED = sorted(
+    {"eval_math", "gsm8k_smollm2", "ledger", "word_problems_smollm2", "worksheet"}
+    | {spec.partition(":")[0] for spec in RECIPES}
+)
 
 
 def test_arguments_take_the_type_of_their_defaults():
@@ -79,9 +88,59 @@ def test_methods_change_only_keys_that_exist(method):
 
 
 def test_a_missing_config_lists_the_shipped_ones():
-    shipped = "eval_math, gsm8k_smollm2, ledger, openr1_qwen7b, word_problems_smollm2, worksheet"
-    with pytest.raises(InputError, match=shipped):
+    with pytest.raises(InputError, match=", ".join(SHIPPED)):
         load_config("workshet", [])
+
+
+@pytest.mark.parametrize("spec", RECIPES)
+def test_every_recipe_has_a_small_form_that_keeps_its_method(spec):
+    config = load_config(spec, [])
+    small = load_config(f"{spec}{',' if ':' in spec else ':'}runlocal", [])
+    assert small.total_steps == 2 and small.task.module == "scope_jax.tasks.worksheet"
+    paths = (small.model.path, small.prm.path, small.teacher.path)
+    assert all(pathlib.Path(path, "config.json").is_file() for path in paths)  # nothing is fetched
+    for group in ("loss", "correct", "select", "locate", "optimizer", "credit", "advantages"):
+        assert small[group].to_dict() == config[group].to_dict(), group
+    kept = ("remat", "dtype", "compute_dtype", "lora_rank", "lora_alpha")
+    assert [small.model[name] for name in kept] == [config.model[name] for name in kept]
+    assert set(small) == set(config) == set(default_config())
+    rows = small.data.prompts_per_step * small.sample.group_size
+    assert rows % (small.learn.mini_batches * small.learn.micro_batches * 8) == 0
+
+
+@pytest.mark.parametrize("spec", RECIPES)
+def test_a_recipes_lengths_go_together(spec):
+    """Prompt and completion in the policy's and the PRM's context, or in windows of it."""
+    config = load_config(spec, [])
+    longest = config.data.max_prompt_length + config.sample.max_new_tokens
+    positions = config.model.max_position or PUBLISHED[config.model.path]["max_position_embeddings"]
+    assert longest <= positions
+    read = min(config.prm.max_length, PUBLISHED[config.prm.path]["max_position_embeddings"])
+    assert read == config.prm.max_length
+    assert longest <= read or config.prm.window == read
+    for key in ("model", "prm", "teacher"):
+        assert config[key].path in PUBLISHED  # so that it can be planned
+    assert config.learn.mini_batches == 2
+    rows = config.data.prompts_per_step * config.sample.group_size
+    chips = config.mesh.fsdp
+    assert rows % (config.learn.mini_batches * config.learn.micro_batches * chips) == 0
+    assert rows % config.sample.slots == 0 and rows % config.prm.batch_size == 0
+
+
+def test_the_papers_recipe_is_the_methods_section_5():
+    config = load_config("qwen2_5_math_7b", [])
+    assert (config.model.rope_theta, config.model.max_position) == (40000.0, 16384)
+    assert config.prompt.assistant == "<think>\n" and config.reward.after == "</think>"
+    assert config.data.prompts_per_step == 128 and config.data.max_prompt_length == 1024
+    assert (config.sample.group_size, config.sample.max_new_tokens) == (8, 8192)
+    assert config.sample.temperature == 1.0 and config.total_steps == 500
+    o = config.optimizer
+    assert (o.learning_rate, o.b1, o.b2, o.weight_decay) == (1e-6, 0.9, 0.999, 0.01)
+    assert (o.schedule, o.max_grad_norm) == ("constant", 1.0)
+    assert (config.loss.entropy_coef, config.loss.kl_coef) == (0.001, 0.0)
+    plain = load_config("qwen2_5_math_7b:plain", [])
+    assert plain.prompt.assistant == plain.reward.after == "" and plain.prm.window == 0
+    assert plain.data.max_prompt_length + plain.sample.max_new_tokens <= plain.prm.max_length
 
 
 def test_a_config_file_of_the_users_own(tmp_path):

@@ -302,6 +302,18 @@ def test_chat_has_a_system_message_only_if_there_is_one():
     assert with_system == [{"role": "system", "content": "Think."}, user]
 
 
+def test_the_assistants_turn_may_be_opened_and_is_opened_once():
+    class Thinks(Chat):
+        def apply_chat_template(self, messages, **options):
+            return super().apply_chat_template(messages, **options) + "<think>\n"
+
+    render = {"template": "{problem}", "assistant": "<think>\n"}
+    plain = render_prompt(Chat(), "x", template="{problem}", chat=True)
+    assert render_prompt(Chat(), "x", chat=True, **render) == plain + "<think>\n"
+    assert render_prompt(Thinks(), "x", chat=True, **render) == plain + "<think>\n"
+    assert render_prompt(None, "x", chat=False, **render) == "x<think>\n"
+
+
 def test_chat_template_of_a_real_tokenizer_ends_at_the_assistant_s_turn(smollm2):
     tokenizer, _ = load_tokenizer(smollm2)
     options = {"template": "Q: {problem}", "chat": True, "system": "Be brief."}

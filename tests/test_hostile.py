@@ -145,7 +145,7 @@ def test_a_file_without_a_good_line_is_an_error_under_every_policy(bad_lines, tm
 def test_the_policy_is_a_config_key_and_another_word_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nnothing\n")
     options = [f"--config.task.train_file={tmp_path}/rows.jsonl", "--config.task.bad_lines=skip"]
-    for name in ("gsm8k_smollm2", "openr1_qwen7b"):
+    for name in ("gsm8k_smollm2", "qwen2_5_math_7b"):
         assert load_config(name, []).task.bad_lines == "strict"
         task = load_config(name, options).task.to_dict()
         assert task.pop("module") == "scope_jax.tasks.math_problems"

@@ -12,7 +12,15 @@ from scope_jax.models.transformer import Transformer, TransformerConfig
 from scope_jax.prm import PRM, save_prm
 from scope_jax.prm_formats import PRMFormat, PRMTexts
 from scope_jax.records import ScoreRequests, StepScores
-from scope_jax.scorers import oracle_scorer, text_scorer, token_scorer
+from scope_jax.scorers import (
+    Window,
+    filling,
+    join_windows,
+    oracle_scorer,
+    text_scorer,
+    token_scorer,
+    windows_of,
+)
 from scope_jax.steps import segment_steps
 
 POLICY = byte_tokenizer(first=("<pad>", "<eos>"))
@@ -130,6 +138,128 @@ def test_text_scorer_agrees_with_token_scorer_where_the_tokenizers_agree():
     np.testing.assert_array_equal(by_text.mask, by_token.mask)
     np.testing.assert_array_equal(by_text.scores, by_token.scores)
     assert by_text.mask.sum() == sum(text.count("\n") + 1 for text in texts)
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+def windows_twin(fixed, lengths, window):
+    """The rule in words: try every start and end."""
+    found, first = [], 0
+    room = window - fixed
+    if not lengths or any(length > room for length in lengths):
+        return []
+    while first < len(lengths):
+        most = min(room // 2, room - lengths[first])
+        start = min(s for s in range(first + 1) if sum(lengths[s:first]) <= most)
+        end = max(e for e in range(first + 1, len(lengths) + 1) if sum(lengths[start:e]) <= room)
+        found.append((start, first, end))
+        first = end
+    return found
+
+
+def test_windows_are_those_of_the_rule_written_out():
+    # 10 tokens beside the 20 of the problem; half of the room is 5.
+    assert windows_of(20, [3] * 10, 30) == [(0, 0, 3), (2, 3, 5), (4, 5, 7), (6, 7, 9), (8, 9, 10)]
+    assert windows_of(20, [5, 5, 5, 5], 30) == [(0, 0, 2), (1, 2, 3), (2, 3, 4)]
+    assert windows_of(20, [5, 5, 9, 1], 30) == [(0, 0, 2), (2, 2, 4)]  # 5 + 9 > 10: no context
+    assert windows_of(20, [5, 11, 5], 30) == windows_of(20, [], 30) == []
+    assert windows_of(40, [1], 30) == []
+    # K steps of one token: the first window scores 2r, each further one r of them.
+    room, steps = 8, 50
+    assert len(windows_of(0, [1] * steps, room)) == 1 + -(-(steps - room) // (room // 2))
+
+
+def test_windows_agree_with_their_plain_twin_and_score_each_step_once():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        lengths = rng.integers(0, 12, rng.integers(1, 20)).tolist()
+        fixed, window = int(rng.integers(0, 10)), int(rng.integers(8, 60))
+        found = windows_of(fixed, lengths, window)
+        assert found == windows_twin(fixed, lengths, window)
+        if found:
+            scored = [step for _, first, end in found for step in range(first, end)]
+            assert scored == list(range(len(lengths)))
+            assert all(fixed + sum(lengths[start:end]) <= window for start, _, end in found)
+        else:
+            assert max(lengths) > window - fixed
+
+
+class CountsTokens(ReadsIds):
+    """A score is read as by ReadsIds; how many rows hold a step is `read`."""
+
+    @property
+    def read(self):
+        return sum(int(step_mask.any(1).sum()) for *_, step_mask in self.calls)
+
+
+def scorers_of(kind, score_fn, **options):
+    if kind == "token":
+        return token_scorer(score_fn, **options)
+    return text_scorer(score_fn, PRMTexts(POLICY, PRMFormat("trl"), "prm"), POLICY, **options)
+
+
+def random_requests(rng, rows=12, most=9):
+    texts = [
+        "\n".join("".join(rng.choice(list("abcdef"), 3)) for _ in range(rng.integers(1, most)))
+        for _ in range(rows)
+    ]
+    return requests([[*ids_of(text), EOS] for text in texts]), texts
+
+
+@pytest.mark.parametrize("kind", ["token", "text"])
+def test_windows_change_nothing_where_every_text_fits(kind):
+    given, _ = random_requests(np.random.default_rng(1))
+    plain, windowed = ReadsIds(back=1), ReadsIds(back=1)
+    want, counts = scorers_of(kind, plain, max_length=64)(given)
+    got, windows = scorers_of(kind, windowed, max_length=64, window=64)(given)
+    jax.tree.map(np.testing.assert_array_equal, plain.calls, windowed.calls)  # the very same call
+    jax.tree.map(np.testing.assert_array_equal, want, got)
+    assert windows == counts | {"prm/windows": 0}
+
+
+@pytest.mark.parametrize("kind", ["token", "text"])
+def test_a_text_in_windows_gets_the_scores_of_the_whole_text(kind):
+    """A score here is the step's own last letter, so that it must not depend on the windows."""
+    given, texts = random_requests(np.random.default_rng(2), most=14)
+    whole, _ = scorers_of(kind, ReadsIds(back=1), max_length=64)(given)
+    score_fn = CountsTokens(back=1)
+    got, counts = scorers_of(kind, score_fn, max_length=18, window=18, block=4)(given)
+    jax.tree.map(np.testing.assert_array_equal, whole, got)
+    # "p?" is 2 tokens, a step 4 with its separator (its end token); windows of 2 + 16.
+    steps = [text.count("\n") + 1 for text in texts]
+    expected = sum(len(windows_twin(2, [4] * n, 18)) for n in steps if 2 + 4 * n > 18)
+    assert counts == {"prm/alignment_failed": 0, "prm/too_long": 0, "prm/windows": expected}
+    assert expected > 24
+    assert score_fn.read == 12 + expected - sum(2 + 4 * n > 18 for n in steps)
+    (call,) = score_fn.calls
+    assert len(call[0]) % 4 == 0 and call[1].sum(1).max() <= 18
+
+
+@pytest.mark.parametrize("kind", ["token", "text"])
+def test_a_step_longer_than_a_window_leaves_its_rollout_unscored(kind):
+    given = requests([ids_of("ab\n" + "c" * 20 + "\nde"), ids_of("ab\ncd"), ids_of("x" * 30)])
+    got, counts = scorers_of(kind, ReadsIds(back=0), max_length=12, window=12)(given)
+    assert counts == {"prm/alignment_failed": 0, "prm/too_long": 2, "prm/windows": 0}
+    assert got.mask.tolist() == [[False] * 3, [True, True, False], [False] * 3]
+
+
+def test_a_rollout_with_one_window_that_could_not_be_scored_is_not_scored():
+    scores = np.arange(12, dtype=np.float32).reshape(4, 3) / 12
+    mask = np.array([[True, True, False], [True] * 3, [True] * 3, [False] * 3])
+    further = [(0, Window(1, 2, 3)), (1, Window(2, 3, 3))]  # rows 2 and 3; step 2 of row 0
+    got = join_windows(StepScores(scores, mask), 2, further)
+    assert got.scores.tolist() == [[scores[0, 0], scores[0, 1], scores[2, 1]], scores[1].tolist()]
+    mask[2] = False
+    got = join_windows(StepScores(scores, mask), 2, further)
+    assert got.mask.tolist() == [[False] * 3, [True] * 3] and not got.scores[0].any()
+
+
+def test_further_windows_come_in_whole_forwards():
+    assert filling(0, 8, 4, int) == 0
+    assert [filling(n, 8, 4, int) for n in (1, 4, 5)] == [3, 0, 3]
+    assert filling(5, 8, 0, int) == filling(5, 8, 16, int) == 3
+    assert filling(1, 8, 4, lambda _: 9) == 11  # another process has nine
 
 
 # --- oracle_scorer --------------------------------------------------------------------------------

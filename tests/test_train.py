@@ -379,7 +379,7 @@ def test_every_config_runs_two_steps_and_reads_every_key(tmp_path, monkeypatch, 
             ("ledger:n=3,runlocal", []),
             ("gsm8k_smollm2:runlocal", with_prm),
             ("word_problems_smollm2:runlocal", with_prm),
-            ("openr1_qwen7b:runlocal", ["--config.mesh.fsdp=4"]),
+            ("qwen2_5_math_7b:runlocal", ["--config.mesh.fsdp=4"]),
         ]
     ):
         config = load_config(name, options)

@@ -1,0 +1,35 @@
+"""Llama-3.1-8B-Instruct."""
+
+from scope_jax.configlib import parse_arg, shrink
+from scope_jax.methods import default_config
+
+
+def get_config(arg: str = ""):
+    arguments = parse_arg(arg, fsdp=8, runlocal=False)
+    config = default_config()
+    config.total_steps = 500
+    config.task = {
+        "module": "scope_jax.tasks.math_problems",
+        "train_file": "openr1_math_46k.jsonl.gz",
+        "test_file": "math500.jsonl.gz",
+        "ood_file": "",
+        "bad_lines": "strict",  # | "skip": bad lines are left out, and counted
+    }
+    config.reward.fn = "scope_jax.rewards:verify"
+    config.prompt.system = "Please reason step by step, and put your final answer within \\boxed{}."
+    config.data.update(prompts_per_step=128, max_prompt_length=1024)
+    config.model.update(
+        path="meta-llama/Llama-3.1-8B-Instruct", dtype="float32", compute_dtype="bfloat16",
+        remat="products",
+    )  # fmt: skip
+    config.prm.update(
+        path="RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", format="rlhflow", max_length=6144,
+        batch_size=128,
+    )  # fmt: skip
+    config.teacher.path = "nvidia/OpenMath2-Llama3.1-8B"
+    config.sample.update(group_size=8, max_new_tokens=3072, slots=512)
+    config.optimizer.update(learning_rate=1e-6, schedule="constant")
+    config.mesh.update(data=-1, fsdp=arguments.fsdp, model=1, decode_model=4)
+    config.learn.update(mini_batches=2, micro_batches=max(1, 128 // arguments.fsdp))
+    config.eval.update(problems=500, ood=False, temperature=0.6, max_new_tokens=3072)
+    return shrink(config) if arguments.runlocal else config
