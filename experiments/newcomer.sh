@@ -66,7 +66,7 @@ elif ! browser=$(command -v chromium || command -v chromium-browser || command -
   missing "report: no chromium on this machine"
 else
   .venv/bin/python -m scope_jax.report --workdir "$home/worksheet"
-  "$browser" --headless --no-sandbox --disable-gpu --user-data-dir="$home/browser" --host-resolver-rules="MAP * ~NOTFOUND" \
+  "$browser" --headless --no-sandbox --disable-gpu --enable-logging=stderr --user-data-dir="$home/browser" --host-resolver-rules="MAP * ~NOTFOUND" \
     --virtual-time-budget=10000 --screenshot="$home/report.png" --dump-dom "file://$home/worksheet/report.html" \
     >"$home/report.dom" 2>"$home/browser.log"
   grep -qi "<svg\|<canvas" "$home/report.dom" || { echo "the report shows no curve" >&2; exit 1; }
