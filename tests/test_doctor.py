@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from scope_jax import checkpoint, doctor
 from scope_jax.configlib import read_command, shipped_configs
 from scope_jax.records import TrainState
 
+ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = ("train", "evaluate", "plan", "pretrain", "train_prm", "export", "doctor")
 HEAVY = ("transformers", "pyarrow", "math_verify", "tensorboardX", "grain", "orbax")
 
@@ -100,6 +103,60 @@ def test_the_process_arguments_are_read_where_none_are_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command", "--config", "worksheet", "--config.seed=1"])
     args, overrides = read_command(parser, None)
     assert (args.config, overrides) == ("worksheet", ["--config.seed=1"])
+
+
+# ------------------------------------------------------------------------------ the wheel, the walk
+
+
+@pytest.fixture(scope="module")
+def check_dist():
+    spec = importlib.util.spec_from_file_location(
+        "check_dist", ROOT / "experiments" / "check_dist.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_wheel(folder, names):
+    wheel = folder / "scope_jax-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name in (*names, "scope_jax-0.1.0.dist-info/METADATA"):
+            file.writestr(name, "x")
+    return wheel
+
+
+def test_a_wheel_without_a_config_or_with_junk_is_refused(check_dist, tmp_path, monkeypatch):
+    listed = {"scope_jax": ["scope_jax/a.py"], "configs": ["configs/worksheet.py"]}
+    monkeypatch.setattr(check_dist, "tracked", lambda folder: listed[folder])
+    whole = ["scope_jax/a.py", "scope_jax/configs/worksheet.py"]
+    assert check_dist.check_wheel(make_wheel(tmp_path, whole)) == 3
+    for names, said in [
+        (whole[:1], "lacks scope_jax/configs/worksheet.py"),
+        ([*whole, "scope_jax/__pycache__/a.pyc"], "holds scope_jax/__pycache__/a.pyc"),
+        ([*whole, "scope_jax/notes.txt"], "holds scope_jax/notes.txt (1 such), which git"),
+    ]:
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            check_dist.check_wheel(make_wheel(tmp_path, names))
+    check_dist.check_tag(make_wheel(tmp_path, whole), "v0.1.0")
+    with pytest.raises(SystemExit, match="tag v0.2.0, but the wheel is of version 0.1.0"):
+        check_dist.check_tag(make_wheel(tmp_path, whole), "v0.2.0")
+
+
+def test_the_release_publishes_what_was_checked_and_holds_no_secret():
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    assert "python experiments/check_dist.py --out dist" in text and "needs: build" in text
+    assert text.count("id-token: write") == 1 and "secrets." not in text
+    assert "NEVER RUN" in text
+
+
+def test_the_newcomers_walk_finds_its_commands_in_the_readme():
+    script = ROOT / "experiments" / "newcomer.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    patterns = re.findall(r"from_readme '(.*)'", script.read_text())
+    assert len(patterns) == 2
+    for pattern in patterns:
+        assert len(re.findall(f"^{pattern}", (ROOT / "README.md").read_text(), re.MULTILINE)) == 1
 
 
 # ------------------------------------------------------------------------------ the doctor
