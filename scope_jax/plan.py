@@ -363,7 +363,7 @@ def plan(config: ConfigDict, topology: str, *, tokens: float | None = None, say=
     check_options(config, mesh)
     coords = [device.coords for device in mesh.devices.flat]  # in the order of the programs'
     models = read_models(config, mesh, decode_mesh)
-    tokens = tokens or config.sample.max_new_tokens
+    tokens = float(tokens or config.sample.max_new_tokens)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     decode_shards = decode_mesh.shape["data"] * decode_mesh.shape["fsdp"]
 

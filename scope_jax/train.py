@@ -80,7 +80,7 @@ def score(run: Run, config: ConfigDict, params, key, rows: Rows, records):
     columns = [rows[k] for k in ("prompt_ids", "prompt_mask", "ids", "mask", "finished")]
     of_row = [records[i] for i in rows["record"]]
     with run.timer("score"):
-        return score_rows(config, run.policy, run.scorer, params, key, *columns, of_row)
+        return score_rows(config, run.policy, run.scorer, params, key, *columns, records=of_row)
 
 
 def repair(run: Run, config: ConfigDict, params, rows: Rows, records, scored, keys, share):
