@@ -68,7 +68,8 @@ def check(solutions: list[dict]) -> tuple[list[dict], dict]:
     agree = cells[True, True] + cells[False, False]
     counts = {
         "check": "grading", "solutions": len(solutions), "agree": agree,
-        "agreement": agree / len(solutions), "labelled_right": cells[True, True] + cells[True, False],
+        "agreement": agree / len(solutions),
+        "labelled_right": cells[True, True] + cells[True, False],
         "labelled_right_graded_wrong": cells[True, False],
         "labelled_wrong_graded_right": cells[False, True],
         "without_answer": sum(not marked(row["solution"]) for row in solutions),

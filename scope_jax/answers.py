@@ -28,8 +28,19 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z'’-]*(?: [A-Za-z][A-Za-z'’-]*)*")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox|mathbf) ?\{([^{}\\]*)\}")
 _NOTHING = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set",
             "none"}  # fmt: skip
-_BASE = re.compile(r"([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)(?:_([0-9])|_\{([0-9]{1,2})\}|_\{?\\text\{"
-                   r"(?:base)? ?([0-9]{1,2})\}\}?)")  # fmt: skip
+_EVERYTHING = {"all real numbers", "all reals", "real numbers"}
+_SHORT_WORDS = {"yes", "no", "odd"}  # and no products of variables
+_NUMERALS = {
+    word: str(value)
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
+_BASE = re.compile(
+    r"([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)_"
+    r"(?:([0-9])|\{ ?(?:\\text ?\{ ?)?(?:base ?)?([0-9]{1,2}|[a-z]+) ?\}?\})"
+)
 _REPEATING = re.compile(r"([+-]?)([0-9]{0,9})\.([0-9]{0,9})\\(?:overline|bar) ?(?:\{([0-9]{1,9})\}|"
                         r"([0-9]))")  # fmt: skip
 _SCIENTIFIC = re.compile(r"([+-]?[0-9]{1,20}(?:\.[0-9]{1,20})?)[eE]([+-]?[0-9]{1,2})")
@@ -49,7 +60,9 @@ _BUILDER = re.compile(
     rf"\\\{{ ?({_VARIABLE})(?:∈ ?\\(?:mathbb|mathbf) ?\{{?R\}}?)? ?(?:\\mid|\||:) ?(.*)\\\}}"
 )
 _OR = re.compile(r" ?(?:\\(?:text|mbox|mathrm) ?\{ ?or ?\}|\bor\b|\\cup|\\lor|\\vee|∪) ?")
+_AND = re.compile(r" ?(?:\\(?:text|mbox|mathrm) ?\{ ?and ?\}|\band\b|\\land|\\wedge|∧) ?")
 _VECTOR = re.compile(r"\\begin ?\{([pb]?matrix)\}(.*)\\end ?\{\1\}")
+_ARRAY = re.compile(r"[(\[]\\begin ?\{array\} ?\{[clr|]*\}(.*)\\end ?\{array\}[)\]]")
 _OPEN, _CLOSE = {"(": ")", "[": "]", r"\{": r"\}"}, {")", "]", r"\}"}
 _BRACKET = re.compile(r"\\[{}]|[()\[\]{},]|\\.")
 
@@ -119,7 +132,7 @@ def normalise(answer: str) -> str:
 
 
 def number(answer: str) -> Fraction | None:
-    """Returns the exact value of a decimal, fraction or mixed number ("-1,234.5", "1 3/4"), or None."""
+    """Returns the exact value of a decimal, a fraction or a mixed number ("1 3/4"), else None."""
     if len(answer) > MAX_NUMBER_CHARS:
         return None
     mixed = _MIXED.fullmatch(answer)
@@ -178,7 +191,8 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
     pair = _compare_shapes(*map(rewrite, pair))
     if isinstance(pair, bool):
         return pair
-    verdict = fast_verdict(*pair)
+    verdict = _compare_percent(*pair)
+    verdict = fast_verdict(*pair) if verdict is None else verdict
     return pair if verdict is None else verdict
 
 
@@ -195,6 +209,9 @@ def rewrite(answer: str) -> str:
     """
     answer = re.sub(r" ?(?:\\text ?\{ ?percent ?\}|\bpercent)$", "%", answer)
     answer = answer.replace("²", "^2").replace("³", "^3")
+    words = _plain_words(answer) or ""
+    if words in _EVERYTHING or words in _NUMERALS:
+        return _NUMERALS.get(words, r"(-\infty,\infty)")
     repeating = _REPEATING.fullmatch(answer)
     if repeating:
         sign, whole, once, again, digit = repeating.groups()
@@ -204,10 +221,18 @@ def rewrite(answer: str) -> str:
     if _SPACED.fullmatch(answer):
         return answer.replace(" ", "")
     answer = re.sub(r"^\((?:[a-z],)+[a-z]\)=(?=\()", "", answer)  # (x,y)=(1,2)
+    answer = re.sub(r"\\log_(?:e|\{e\})(?![A-Za-z])", r"\\ln", answer)
+    answer = re.sub(r"\\frac ?(?:([0-9])|(\{[0-9]+\})) ?([0-9])", _braced, answer)
+    answer = re.sub(r"\\frac ?([0-9]) ?(?=\{)", r"\\frac{\1}", answer)
+    answer = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", answer)
     answer = re.sub(r"\\langle ?(.*?) ?\\rangle", r"(\1)", answer)
     if _TRIG.search(answer):  # math-verify would take 45 degrees for 45 radians
         answer = _ANGLE.sub(r"(\\frac{\1\\pi}{180})", answer)
     return _SCIENTIFIC.sub(r"\1\\cdot10^{\2}", answer) if _SCIENTIFIC.fullmatch(answer) else answer
+
+
+def _braced(frac: re.Match) -> str:
+    return rf"\frac{{{frac[1]}}}{{{frac[3]}}}" if frac[1] else rf"\frac{frac[2]}{{{frac[3]}}}"
 
 
 def _plain_words(answer: str) -> str | None:
@@ -241,7 +266,8 @@ def _compare_words(gold: str, truth: str, answer: str, found: str) -> bool | Non
         return None
     if words in _NOTHING and other in _NOTHING:
         return True
-    text = _is_text(gold) or _is_text(answer) or not (_is_product(words) or _is_product(other))
+    text = _is_text(gold) or _is_text(answer) or {words, other} & _SHORT_WORDS
+    text = text or not (_is_product(words) or _is_product(other))
     return words == other if text else None
 
 
@@ -253,7 +279,8 @@ def _compare_bases(truth: str, found: str) -> bool | None:
             pair[1] and pair[1][1] == truth
         )  # fmt: skip
     digits = [match[1] if match else found for match in pair]
-    bases = {next(filter(None, match.groups()[1:])) for match in pair if match}
+    names = [match[2] or match[3] for match in pair if match]
+    bases = {_NUMERALS.get(name, name) for name in names}
     return digits[0].upper() == digits[1].upper() and len(bases) == 1
 
 
@@ -281,6 +308,15 @@ def _compare_units(
     return comparable(one, other)
 
 
+def _compare_percent(truth: str, found: str) -> bool | None:
+    """Compares a percentage with a number: 10% is 0.1, and 10 with its sign left out."""
+    if truth.endswith("%") == found.endswith("%"):
+        return None
+    percents, plain = (truth, found) if truth.endswith("%") else (found, truth)
+    share, value = number(percents.rstrip("% ")), number(plain)
+    return None if share is None or value is None else value in (share, share / 100)
+
+
 def _compare_shapes(truth: str, found: str) -> bool | tuple[str, str]:
     """Compares sets with sets, pairs with pairs, inequalities with intervals, vectors with tuples.
 
@@ -302,7 +338,8 @@ def _compare_shapes(truth: str, found: str) -> bool | tuple[str, str]:
     if {kind, other_kind} & {"{}"} and {kind, other_kind} - {"{}", ""}:
         if items > 1 or other_items > 1:
             return False  # a set is neither a tuple nor an interval
-    if "()" in (kind, other_kind):
+    vectors = [bool(_VECTOR.fullmatch(text)) for text in (truth, found)]
+    if "()" in (kind, other_kind) or (vectors[0] != vectors[1] and not kind + other_kind):
         truth, found = (
             text if own == "()" else _as_tuple(text, count) for text, own, count in
             ((truth, kind, items), (found, other_kind, other_items))
@@ -367,17 +404,28 @@ def _as_interval(answer: str) -> tuple[str, str] | None:
     built = _BUILDER.fullmatch(answer)
     if built:
         answer = built[2].strip()
-    found = []
     member = re.fullmatch(rf"({_VARIABLE})∈(.+)", answer)
     if member:
         return member[1], member[2]
+    found = []
     for part in _OR.split(answer):
-        piece = _one_interval(part.strip())
-        if piece is None:
+        ends = [_one_interval(end.strip()) for end in _AND.split(part, maxsplit=1)]
+        if len(ends) == 2 and ends[0] and ends[1] and ends[0][0] == ends[1][0]:
+            ends = [_both(*ends[0], ends[1][1])]  # x>3 and x<5
+        if len(ends) > 1 or ends[0] is None:
             return None
-        found.append(piece)
+        found.append(ends[0])
     names = {name for name, _ in found}
     return (names.pop(), r" \cup ".join(text for _, text in found)) if len(names) == 1 else None
+
+
+def _both(name: str, one: str, other: str) -> tuple[str, str] | None:
+    """Returns what two half-lines in opposite directions share."""
+    for low, high in ((one, other), (other, one)):
+        if low.endswith(r",\infty)") and high.startswith(r"(-\infty,"):
+            if "cup" not in low + high:
+                return name, low.removesuffix(r"\infty)") + high.removeprefix(r"(-\infty,")
+    return None
 
 
 def _one_interval(part: str) -> tuple[str, str] | None:
@@ -388,6 +436,11 @@ def _one_interval(part: str) -> tuple[str, str] | None:
         signs = [signs[0].translate(str.maketrans("<>≤≥", "><≥≤"))]
     name = sides[0] if len(sides) == 2 else sides[1] if len(sides) == 3 else ""
     bounds = [side for side in sides if side != name]
+    absolute = re.fullmatch(rf"\|({_VARIABLE})\|", name)
+    if absolute and len(bounds) == 1 and number(bounds[0]) and not bounds[0].startswith("-"):
+        if signs[0] in "<≤":  # |x|<3
+            low, high = ("(", ")") if signs[0] == "<" else ("[", "]")
+            return absolute[1], f"{low}-{bounds[0]},{bounds[0]}{high}"
     if not re.fullmatch(_VARIABLE, name) or len(bounds) != len(sides) - 1:
         return None
     for bound in bounds:  # numbers only: "x<y" is no interval of x

@@ -1,5 +1,6 @@
-r"""Answer checking against hand-made labels, MATH-500's golds in every dress, and GSM8K's labels."""
+"""Answer checking against hand-made labels, MATH-500's golds in every dress, GSM8K's labels."""
 
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -8,9 +9,11 @@ import sys
 
 import pytest
 
-from scope_jax.answers import normalise
+from experiments import check_grading
+from scope_jax.answers import compare, normalise
 from scope_jax.data import read_jsonl
-from scope_jax.rewards import verify_batch
+from scope_jax.rewards import verify, verify_batch
+from scope_jax.units import split_unit
 from tests.answer_pairs import PAIRS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,7 +54,7 @@ for gold, answer in json.load(sys.stdin):
 """
 
 
-def test_math_verify_alone_errs_on_seventy_of_the_pairs():
+def test_math_verify_alone_errs_on_many_of_the_pairs():
     pairs = [(gold, boxed(answer)) for gold, answer, _, _ in PAIRS]
     command = [sys.executable, "-c", MATH_VERIFY_ALONE]
     done = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True)
@@ -60,7 +63,9 @@ def test_math_verify_alone_errs_on_seventy_of_the_pairs():
     wrong = [pair for pair, found in zip(PAIRS, verdicts, strict=True) if found is not pair[2]]
     missed = sum(equal for _, _, equal, _ in wrong)
     print(f"math-verify alone: {len(wrong)} of {len(PAIRS)} pairs wrong, {missed} of them equal")
-    assert (len(wrong), missed) == (70, 49)  # math-verify 0.9.0; 303 pairs
+    if importlib.metadata.version("math-verify") == "0.9.0":
+        assert (len(wrong), missed) == (77, 55)
+    assert len(wrong) > 0  # once it is right on all, our rules in `compare` can go
 
 
 # ---- MATH-500's golds in the ways in which models write them -------------------------------------
@@ -312,3 +317,86 @@ def test_different_golds_of_math500_are_different(golds):
         ("10,080", "10080"), ("120", r"120^\circ"), ("15", r"15\mbox{cm}^2"), ("30", r"30^\circ"),
         ("36", r"36^\circ"), ("90", r"90^\circ"),
     ]  # fmt: skip
+
+
+# ---- what is decided without math-verify ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "value", "kinds"),
+    [
+        ("5 cm", "5", {"length": 1}),
+        (r"5\text{cm}^2", "5", {"length": 2}),
+        ("5 square feet", "5", {"length": 2}),
+        ("5 m/s", "5 m/s", {}),  # five times m over s, unless the other answer is a speed
+        (r"5\text{m/s}^2", "5", {"length": 1, "time": -2}),
+        (r"5\text{m}\cdot\text{s}", "5", {"length": 1, "time": 1}),
+        ("5 meters per second", "5", {"length": 1, "time": -1}),
+        (r"30^\circ", "30", {"angle": 1}),
+        (r"\sin 30^\circ", r"\sin 30^\circ", {}),
+        ("72 clips", "72", {}),
+        ("72 xy", "72 xy", {}),
+        (r"3\pi", r"3\pi", {}),
+        ("5 percent", "5 percent", {}),
+        ("x+5 cm", "x+5", {"length": 1}),
+        ("+ cm", "+ cm", {}),
+    ],
+)
+def test_units_are_split_from_numbers_and_variables_are_not(answer, value, kinds):
+    quantity = split_unit(answer)
+    assert (quantity.value, quantity.kinds) == (value, kinds)
+
+
+def test_units_words_and_bases_need_no_worker():
+    for gold, answer, equal in [
+        (r"5\text{ m}", "500 cm", True),
+        (r"5\text{ cm}", "5 kg", False),
+        (r"\text{east}", "seat", False),
+        ("52_8", "52_9", False),
+        (r"10\%", "0.1", True),
+        (r"1\frac{4}{5}", "1.8", True),
+        (r"1\frac{4}{5}", "2.8", False),  # 14/5
+        (r"\{1,2\}", "(1,2)", False),
+    ]:
+        assert compare(gold, answer) is equal
+
+
+def test_an_unmarked_short_answer_is_checked_like_a_boxed_one():
+    assert not verify(r"5\text{ cm}", "5 m") and verify(r"5\text{ cm}", "5 cm.")
+    assert not verify(r"\text{east}", "seat") and verify(r"\text{east}", "East")
+    # A known limit: math-verify's reading of a sentence ignores units.
+    assert verify(r"5\text{ cm}", "I measured it, and so the answer is $5$ m.")
+
+
+# ---- GSM8K's graded solutions --------------------------------------------------------------------
+
+
+def test_all_graded_solutions_get_their_labels(shared, capsys):
+    path = shared / "data" / "gsm8k_example_model_solutions.jsonl.gz"
+    assert check_grading.main(["--data", str(path)]) == 0
+    *listed, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert found["solutions"] == 1319 * 4 == found["agree"] and found["agreement"] == 1.0
+    assert found["labelled_right"] == 2001 and listed == ["0 disagreements among 5276 solutions"]
+
+
+def test_disagreements_are_listed_and_a_solution_without_the_mark_is_wrong(tmp_path, capsys):
+    right, wrong = {"solution": "So.\nA: 5", "is_correct": True}, {"solution": "Five."}
+    row = dict.fromkeys(check_grading.WRITERS, right) | {"ground_truth": "2+3\nA: 5"}
+    row["6b_finetuning"] = wrong | {"is_correct": False}
+    row["175b_finetuning"] = wrong | {"is_correct": True}  # the label that is not ours
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    assert check_grading.main(["--data", str(path)]) == 0
+    listed, count, last = capsys.readouterr().out.splitlines()
+    assert listed == f"{path}:1 175b_finetuning: labelled right; gold '5', answer ''"
+    assert count == "1 disagreements among 4 solutions"
+    assert json.loads(last)["agreement"] == 3 / 4 and json.loads(last)["without_answer"] == 2
+
+
+def test_another_file_is_refused_in_one_line(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "?", "answer": "5"}')
+    assert check_grading.main(["--data", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}:1: no row of GSM8K's") and error.count("\n") == 1
