@@ -16,7 +16,7 @@ import numpy as np
 
 from scope_jax.steps import Splitter, segment_steps
 
-# Two steps are taken for the same from this similarity on; experiments/ASSUMPTIONS.md has why.
+# Two steps are taken for the same from this similarity on; experiments/check_trace_alignment.py has why.
 MIN_SIMILARITY = 0.6
 FORMULA_WEIGHT = 5.0  # of a number, variable or LaTeX command; a word or operator weighs 1
 

@@ -451,7 +451,19 @@ def _load_model(config: ConfigDict, policy: Policy) -> Teacher:
         )  # fmt: skip
         return own_rows(written, policy.decode_mesh)
 
-    if tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+    same_tokens = tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    buckets = [config.data.max_prompt_length, config.sample.max_new_tokens]
+    if not same_tokens:
+        buckets = [BUCKET_FACTOR * bucket for bucket in buckets]
+    # With its tokens a prefix and what the teacher adds share the policy's room for a completion.
+    longest = sum(buckets) + (0 if same_tokens else config.sample.max_new_tokens)
+    if longest > model.config.max_position:
+        other = "" if same_tokens else "has another tokenizer than the policy and "
+        raise InputError(
+            f"teacher {config.teacher.path} {other}may read {longest} tokens; it was made for "
+            f"{model.config.max_position}: lower data.max_prompt_length or sample.max_new_tokens"
+        )
+    if same_tokens:
         return model_teacher(
             lambda r, key: continue_ids(
                 r.prompt_ids, r.prompt_mask, r.prefix_ids, r.prefix_length, r.budgets, key
@@ -459,19 +471,10 @@ def _load_model(config: ConfigDict, policy: Policy) -> Teacher:
             policy_eos_id=end["policy_eos_id"],
             eos_ids=eos_ids,
         )
-    prompt_bucket = BUCKET_FACTOR * config.data.max_prompt_length
-    prefix_bucket = BUCKET_FACTOR * config.sample.max_new_tokens
-    longest = prompt_bucket + prefix_bucket + config.sample.max_new_tokens
-    if longest > model.config.max_position:
-        raise InputError(
-            f"teacher {config.teacher.path} has another tokenizer than the policy and may read "
-            f"{longest} tokens; it was made for {model.config.max_position}: lower "
-            "data.max_prompt_length or sample.max_new_tokens"
-        )
     return text_teacher(
         continue_ids, policy.tokenizer, tokenizer,
         functools.partial(render_prompt, tokenizer, **config.prompt),
-        prompt_bucket=prompt_bucket, prefix_bucket=prefix_bucket, eos_ids=eos_ids, **end,
+        prompt_bucket=buckets[0], prefix_bucket=buckets[1], eos_ids=eos_ids, **end,
     )  # fmt: skip
 
 

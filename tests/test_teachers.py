@@ -478,6 +478,10 @@ def test_what_a_teacher_lacks_is_said_in_one_line(worksheet_policy):
         InputError, match=r"scope_jax.tasks.math_problems has no function continue_"
     ):
         load_teacher(config, policy)
+    with pytest.raises(
+        InputError, match="worksheet_models/teacher may read 265 tokens; it was made"
+    ):
+        load_teacher(kind_config("model", "--config.sample.max_new_tokens=250"), policy)
     default = load_config("worksheet:n=3,runlocal", ["--config.teacher.kind=hinted_policy"])
     with pytest.raises(InputError, match="the policy's tokenizer cannot write teacher.hint"):
         load_teacher(default, policy)
