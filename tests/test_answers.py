@@ -8,13 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from answer_pairs import PAIRS
 
-from experiments import check_grading
 from scope_jax.answers import compare, normalise
 from scope_jax.data import read_jsonl
 from scope_jax.rewards import verify, verify_batch
 from scope_jax.units import split_unit
-from tests.answer_pairs import PAIRS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -371,7 +370,13 @@ def test_an_unmarked_short_answer_is_checked_like_a_boxed_one():
 # ---- GSM8K's graded solutions --------------------------------------------------------------------
 
 
-def test_all_graded_solutions_get_their_labels(shared, capsys):
+@pytest.fixture
+def check_grading(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    return __import__("check_grading")
+
+
+def test_all_graded_solutions_get_their_labels(check_grading, shared, capsys):
     path = shared / "data" / "gsm8k_example_model_solutions.jsonl.gz"
     assert check_grading.main(["--data", str(path)]) == 0
     *listed, last = capsys.readouterr().out.splitlines()
@@ -380,7 +385,9 @@ def test_all_graded_solutions_get_their_labels(shared, capsys):
     assert found["labelled_right"] == 2001 and listed == ["0 disagreements among 5276 solutions"]
 
 
-def test_disagreements_are_listed_and_a_solution_without_the_mark_is_wrong(tmp_path, capsys):
+def test_disagreements_are_listed_and_a_solution_without_the_mark_is_wrong(
+    check_grading, tmp_path, capsys
+):
     right, wrong = {"solution": "So.\nA: 5", "is_correct": True}, {"solution": "Five."}
     row = dict.fromkeys(check_grading.WRITERS, right) | {"ground_truth": "2+3\nA: 5"}
     row["6b_finetuning"] = wrong | {"is_correct": False}
@@ -394,7 +401,7 @@ def test_disagreements_are_listed_and_a_solution_without_the_mark_is_wrong(tmp_p
     assert json.loads(last)["agreement"] == 3 / 4 and json.loads(last)["without_answer"] == 2
 
 
-def test_another_file_is_refused_in_one_line(tmp_path, capsys):
+def test_another_file_is_refused_in_one_line(check_grading, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "?", "answer": "5"}')
     assert check_grading.main(["--data", str(path)]) == 2
