@@ -29,16 +29,15 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from scope_jax import answer_worker
+from scope_jax.answer_forms import compare, rewrite
 from scope_jax.answers import (
     MAX_CHARS,
     as_formula,
-    compare,
     extract_answer,
     find_choice,
     normalise,
     read_choice,
     read_gold,
-    rewrite,
 )
 
 MAX_BARE_CHARS = 200  # an unmarked one-line completion up to this may itself be the answer

@@ -164,6 +164,8 @@ SETS_AND_LISTS = [
     (r"\{1, 2\}", "[1, 2]", False, ""),
     ("(1, 2)", r"\{1, 2\}", False, ""),
     ("(1, 2, 3)", r"\{1, 2, 3\}", False, "a triple is no set"),
+    (r"x \in \{1, 2\}", "1, 2", True, ""),
+    (r"x \in \{1, 2\}", "(1, 2)", False, ""),
     (r"\{5\}", "5", True, "the only solution"),
     (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}", True, ""),
     (r"1 \pm \sqrt{19}", r"1-\sqrt{19} \text{ and } 1+\sqrt{19}", True, ""),

@@ -22,6 +22,7 @@ FLOORS = [
         "losses",
         "diversity",
         "answers",
+        "answer_forms",
         "answer_worker",
     ]
     + ["calibration", "drawing", "packing", "stopping", "hardware", "hlo", "models.int8"],
@@ -38,6 +39,7 @@ FLOORS = [
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
 SAME_FLOOR = {
     ("configlib", "methods"), ("configlib", "records"), ("losses", "sharding"),
+    ("answer_forms", "answers"),
     ("run", "roles"), ("run", "monte_carlo"), ("teachers", "alignment"),
     ("models.transformer", "models.kv_cache"), ("models.transformer", "models.attention"),
     ("models.transformer", "models.lora"), ("models.hf", "models.lora"),
