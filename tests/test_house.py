@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "scope_jax"
 
 FLOORS = [
-    ["records", "methods", "configlib", "watchman"],
+    ["records", "methods", "configlib", "watchman", "units"],
     [
         "hosts",
         "sharding",
