@@ -1,6 +1,6 @@
 """How well does similarity alone place a solution that another person began?
 
-    python experiments/check_trace_alignment.py ../shared/data/gsm8k_example_model_solutions.jsonl.gz
+    python experiments/check_trace_alignment.py SHARED/data/gsm8k_example_model_solutions.jsonl.gz
 
 Models' right solutions of GSM8K problems are cut behind each line but the last, and the data set's
 own solution is aligned with what is kept: by its results (its calculator notes say them), and once

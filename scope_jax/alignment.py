@@ -16,12 +16,13 @@ import numpy as np
 
 from scope_jax.steps import Splitter, segment_steps
 
-# Two steps are taken for the same from this similarity on; experiments/check_trace_alignment.py has why.
+# Two steps are taken for the same from this similarity on. Both constants were chosen with
+# experiments/check_trace_alignment.py.
 MIN_SIMILARITY = 0.6
 FORMULA_WEIGHT = 5.0  # of a number, variable or LaTeX command; a word or operator weighs 1
 
 _NOTE = re.compile(r"<<([^<>]*)>>")  # GSM8K's calculator notes: 48/2 = <<48/2=24>>24
-_ANSWER = re.compile(r"^####", re.M)  # its last line: #### 72
+_ANSWER = re.compile(r"(?:^|\n)####[^\n]*$")  # its last line: #### 72
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _CLAUSE = re.compile(r"\n|[.,;:!?](?=\s|$)|\band\b")  # what lies between is a clause
 _TOKEN = re.compile(r"\\[A-Za-z]+|\d[\d,]*(?:\.\d+)?|[^\W\d_]+|[-+*/=^<>]")
@@ -56,9 +57,10 @@ def align_trace(
       splitter: of the policy's steps; a trace with no such place is cut into lines.
       min_similarity: see `similarity`.
     """
+    trace = trace.strip()
     has_results = _NOTE.search(trace) is not None or _ANSWER.search(trace) is not None
-    noted = split_text(trace.strip(), "\n" if has_results else splitter)
-    noted = noted if len(noted) > 1 else split_text(trace.strip(), "\n")
+    noted = split_text(trace, "\n" if has_results else splitter)
+    noted = noted if len(noted) > 1 else split_text(trace, "\n")
     steps = [_NOTE.sub("", step) for step in noted]
     if not prefix.strip():
         return steps

@@ -147,6 +147,11 @@ def test_another_problem_s_trace_and_a_shuffled_one_are_not_continued():
             assert len(rest) == 6 - (places[-1] + 1)
 
 
+def test_a_heading_is_no_answer_line():
+    trace = "#### Part 1\nx = 12\n\n#### Part 2\ny = 34\n\nz = 56"
+    assert align_trace(trace, "#### Part 1\nx = 12\n\n") == ["#### Part 2\ny = 34\n\n", "z = 56"]
+
+
 # --- By similarity --------------------------------------------------------------------------------
 
 WORDS = "take the sum of both sides then square it and see which root is real here now".split()
