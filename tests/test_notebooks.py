@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-SECONDS = 300  # of a whole notebook on a CPU
+SECONDS = 300  # of a cell, so that one that hangs ends
 
 
 def cells(notebook, kind):
