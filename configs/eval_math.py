@@ -22,7 +22,8 @@ All at temperature 0.6, top-p 1 and at most 8,192 new tokens. The files are not 
 are in the `data` folder of LUFFY's repository (github.com/ElliottYan/LUFFY), or your own Parquet or
 JSONL (scope_jax/benchmark.py says what rows look like). `data_dir` is searched for KEY.parquet,
 KEY.jsonl[.gz] and LUFFY's file of each set; a set that has none is left out, and the tables say so.
-A data_source that your file spells differently: --config.sets.aime25.source=...
+The data_sources above are what other people's scripts for these files name (aime25 is a guess); one
+that your file spells differently is said with those it holds: --config.sets.aime25.source=...
 
 A row's own system message is kept (LUFFY's rows have one); rows without one get prompt.system. What
 a thinking model writes before its answer is cut off with --config.reward.after="</think>".
@@ -30,8 +31,8 @@ Qwen2.5-Math's 4,096 positions are too few: give it --config.model.rope_theta=40
 --config.model.max_position=16384, as it was trained. Of a --workdir the model and these two are the
 run's.
 
-Never run here at this size: there was neither a TPU nor the files. 24,000 samples (of which 2,860
-AIME24, AIME25 and AMC, 1,447 the other math sets, 13,402 multiple choice); eval.batch_size is
+Never run here at this size: there was neither a TPU nor the files. 19,425 samples (4,576 of AIME24,
+AIME25 and AMC, 1,447 of the other math sets, 13,402 of multiple choice); eval.batch_size is the
 samples between two writes, sample.slots those that are decoded at a time: lower it where memory
 ends.
 

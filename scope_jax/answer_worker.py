@@ -42,6 +42,17 @@ def parse_in_two_stages() -> None:
     latex2sympy2._Latex2Sympy = TwoStages
 
 
+def with_imaginary_unit(parsed: list) -> list:
+    """Returns what math-verify parsed, i being no variable but the root of -1."""
+    import sympy
+
+    found = []
+    for item in parsed:
+        names = {name for name in getattr(item, "free_symbols", ()) if name.name == "i"}
+        found.append(item.xreplace(dict.fromkeys(names, sympy.I)) if names else item)
+    return found
+
+
 def serve() -> None:
     """Answers requests [gold, readings, timeout] on stdin, until it closes: true, false, "slow"."""
     import resource
@@ -79,6 +90,9 @@ def serve() -> None:
             truth = math_verify.parse(gold, parsing_timeout=limit)
             answers = [a for r in readings for a in math_verify.parse(r, parsing_timeout=limit)]
             equal = bool(math_verify.verify(truth, answers, timeout_seconds=limit))
+            pair = with_imaginary_unit(truth), with_imaginary_unit(answers)
+            if not equal and pair != (truth, answers):
+                equal = bool(math_verify.verify(*pair, timeout_seconds=limit))
         except (Exception, TimeoutException):  # hostile text finds every kind of error
             equal = False
         send("slow" if not equal and time.monotonic() - start >= limit else equal)

@@ -17,8 +17,9 @@ wrong and the right ones of a multiple-choice question, follow the problem as
 
     <CHOICE_REQUEST>
 
-A sample is a line {"set", "id", "problem" (its number in the set), "sample", "completion",
-"tokens", "finished", "reward", "answer"}; the lines come in the order of `jobs_of`.
+A sample is a line {"set", "id", "index" (of the problem in its set), "sample", "problem" (its
+text), "completion", "tokens", "finished", "reward", "answer"}; the lines come in the order of
+`jobs_of`. `scope_jax.prepare_data --pass-rates` reads the file.
 """
 
 import dataclasses
@@ -34,15 +35,16 @@ from scope_jax.answers import extract_answer, find_choice, read_choice, read_gol
 from scope_jax.data import read_rows
 from scope_jax.records import InputError
 from scope_jax.rewards import score_completions, verify_choice
+from scope_jax.tasks.math_problems import problem_text
 
 GRADES = ("math", "choice")
 GROUPS = ("math", "ood")
 CHOICE_REQUEST = "Put the letter of the right option within \\boxed{}."
 LETTERS = "ABCDEFGHIJ"  # what `verify_choice` reads
-MAX_SAMPLES = 1024  # of a problem: a sample's key is that of row problem * MAX_SAMPLES + sample
+MAX_SAMPLES = 1024  # of a problem: a sample's key is that of row index * MAX_SAMPLES + sample
 
 Sample = dict[str, Any]
-Job = tuple[str, int, int]  # set, number of the problem in it, number of the sample
+Job = tuple[str, int, int]  # set, index of the problem in it, number of the sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def read_sets(
       data_dir: relative files are of this folder. A set without a file is looked for there, as
         KEY.parquet, KEY.jsonl and KEY.jsonl.gz, then in its `luffy_file`.
     Returns:
-      ({key: [{"id", "problem", "system" (None where the row has none), "gold"}]}, {key: reason}).
+      ({key: [{"id", "problem", "gold", perhaps "system"}]}, {key: reason}).
     Raises:
       InputError: a file that was named is missing, holds a bad row or none of the set's; `data_dir`
       is no folder; no set has a file.
@@ -154,11 +156,10 @@ def _not_among(path, chosen: BenchmarkSet, others: Counter[str]) -> str:
 
 
 def _problem(row: dict, grade: str) -> dict[str, Any]:
-    """Returns {"id", "problem", "system", "gold"} of a row in either layout."""
-    system, prompt = None, row.get("problem", row.get("question", row.get("prompt")))
-    if isinstance(prompt, list):
-        system, prompt = _of_messages(prompt)
-    problem = _text(prompt, '"problem"')
+    """Returns {"id" (None where it has none), "problem", "gold"} of a row in either layout, with
+    "system" where it has that.
+    """
+    problem, system = problem_text(row)
     reward_model = row.get("reward_model")
     gold = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     gold = row.get("answer") if gold is None else gold
@@ -174,8 +175,8 @@ def _problem(row: dict, grade: str) -> dict[str, Any]:
     identity = row.get("id")
     if identity is not None and type(identity) not in (str, int):
         raise InputError(f'"id" must be a text or a number, got {type(identity).__name__}')
-    identity = None if identity is None else str(identity)
-    return {"id": identity, "problem": problem, "system": system, "gold": gold}
+    found = {"id": None if identity is None else str(identity), "problem": problem, "gold": gold}
+    return {**found, "system": system} if system else found
 
 
 def check_gold(gold: str, grade: str, options: int = len(LETTERS)) -> None:
@@ -200,19 +201,6 @@ def with_options(problem: str, options: Any) -> str:
     return "\n".join([problem, "", *lines, "", CHOICE_REQUEST])
 
 
-def _of_messages(messages: list) -> tuple[str | None, Any]:
-    """Returns (system or None, user) of a prompt: an optional system message and the user's."""
-    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-    if roles not in (["user"], ["system", "user"]):
-        raise InputError(f'"prompt" must be an optional system and one user message, got {roles}')
-    contents = [message.get("content") for message in messages]
-    if len(contents) == 1:
-        return None, contents[0]
-    if not isinstance(contents[0], str):
-        raise InputError("the system message is not text")
-    return contents[0] and _text(contents[0], "the system message"), contents[1]
-
-
 def _text(value: Any, what: str) -> str:
     """Returns `value` if it is a text that a tokenizer can take."""
     if not isinstance(value, str) or not value.strip():
@@ -229,7 +217,7 @@ def _text(value: Any, what: str) -> str:
 def digest(problems: Sequence[dict[str, Any]]) -> str:
     """Returns what tells two versions of a set apart: SHA-256 of its problems and golds."""
     fields = ("id", "problem", "system", "gold")
-    text = json.dumps([[row[name] for name in fields] for row in problems])
+    text = json.dumps([[row.get(name, "") for name in fields] for row in problems])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -246,9 +234,9 @@ def jobs_of(counts: dict[str, tuple[int, int]]) -> list[Job]:
       counts: {set: (problems, samples)}.
     """
     return [
-        (key, problem, sample)
+        (key, index, sample)
         for key, (problems, samples) in counts.items()
-        for problem in range(problems)
+        for index in range(problems)
         for sample in range(samples)
     ]
 
@@ -271,7 +259,7 @@ def read_samples(path: pathlib.Path, jobs: Sequence[Job]) -> tuple[list[Sample],
             size += len(line)
             try:
                 row = json.loads(line)
-                job = (row["set"], row["problem"], row["sample"])
+                job = (row["set"], row["index"], row["sample"])
                 good = isinstance(row["completion"], str) and isinstance(row["answer"], str | None)
                 row["reward"], row["tokens"] = float(row["reward"]), int(row["tokens"])
                 good &= isinstance(row["finished"], bool)

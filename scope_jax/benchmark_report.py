@@ -303,7 +303,7 @@ def _check_same(out_a, sets_a: dict, out_b, sets_b: dict) -> None:
 def _by_problem(samples: Sequence[Sample], config: dict[str, Any]) -> dict[str, list[float]]:
     """Returns {set: accuracy of each of its problems}."""
     solved_at, found = float(config["reward"]["solved_at"]), {}
-    for (key, _), rows in itertools.groupby(samples, lambda s: (s["set"], s["problem"])):
+    for (key, _), rows in itertools.groupby(samples, lambda s: (s["set"], s["index"])):
         found.setdefault(key, []).append(_mean([row["reward"] >= solved_at for row in rows]))
     return found
 

@@ -4,11 +4,15 @@ The iterator's state (`get_state`) goes into the checkpoint, so a resumed run co
 next problem.
 """
 
+import bisect
+import concurrent.futures
 import functools
 import gzip
 import itertools
 import json
+import math
 import pathlib
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +22,7 @@ import numpy as np
 
 from scope_jax.records import InputError, Prompts
 
+MANIFEST = "manifest.json"  # of a prepared directory
 MAX_LINE = 4 << 20  # bytes; a longer line is no row, and is never held whole
 PARQUET_ROWS = 256  # of a Parquet file read at a time
 
@@ -116,9 +121,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], dict[s
                     number += 1
                     yield number, functools.partial(_parquet_row, batch.slice(row, 1))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        # Arrow's messages go on with its own C++ stack or with what it found in the file
-        reason = " ".join(f"{error!s:.200}".split()) or type(error).__name__
-        raise InputError(f"{path} is damaged: {reason}") from None
+        raise InputError(f"{path} is damaged: {_one_line(error)}") from None
 
 
 def _parquet_row(batch) -> dict[str, Any]:
@@ -157,6 +160,124 @@ def _lines(file, path) -> Iterator[bytes]:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
+class Prepared(Sequence):
+    """The records that `scope_jax.prepare_data` wrote to a directory, each read when it is asked
+    for.
+
+    Args:
+      directory: holds MANIFEST and the ArrayRecord shards that it names.
+      rows: which records, of which order (default: all of them as they stand).
+    Raises:
+      InputError: no manifest or a broken one, a shard that is missing or damaged, or holds another
+      number of records. A record that is damaged raises it when it is read.
+    """
+
+    def __init__(self, directory, rows: Sequence[int] | None = None):
+        self.directory = pathlib.Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        self._shards = [
+            _open_shard(self.directory / name, count) for name, count in self.manifest["shards"]
+        ]
+        self._starts = [0, *itertools.accumulate(len(shard) for shard in self._shards)]
+        self._rows = range(self._starts[-1]) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self._rows[index]
+        number = bisect.bisect_right(self._starts, row) - 1
+        place = f"{self.directory / self.manifest['shards'][number][0]}"
+        try:
+            record = json.loads(self._shards[number][row - self._starts[number]])
+            if not all(isinstance(record[name], str) for name in ("id", "problem", "gold")):
+                raise ValueError("a record without id, problem or gold")
+            return record
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{place} is damaged at record {row - self._starts[number] + 1}: "
+                f"{_one_line(error)}; make {self.directory} again"
+            ) from None
+
+    def only(self, rows: Sequence[int]) -> "Prepared":
+        """Returns some of the records."""
+        return Prepared(self.directory, [self._rows[i] for i in rows])
+
+
+def is_prepared(path) -> bool:
+    """Returns whether a path is a directory, as `prepare_data` writes one."""
+    return pathlib.Path(path).is_dir()
+
+
+def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+    file = directory / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        shards = [(shard["file"], shard["records"]) for shard in manifest["shards"]]
+        if not all(type(n) is int and pathlib.PurePath(name).name == name for name, n in shards):
+            raise ValueError("a shard's name or number of records is none")
+        return {**manifest, "shards": shards}
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} is missing: a directory of problems is made by python -m "
+            "scope_jax.prepare_data"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: {_one_line(error)}") from None
+
+
+def _open_shard(file: pathlib.Path, records: int) -> Any:
+    if not file.is_file():
+        raise InputError(f"shard {file} is missing: {file.parent / MANIFEST} names it")
+    try:
+        shard: Any = grain.sources.ArrayRecordDataSource([str(file)])
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {_one_line(error)}") from None
+    if len(shard) != records:
+        raise InputError(f"{file} holds {len(shard)} records, {MANIFEST} says {records}")
+    return shard
+
+
+def _one_line(error: Exception) -> str:
+    """Returns the start of a library's message, which may have many lines."""
+    return " ".join(f"{error!s:.200}".split()) or type(error).__name__
+
+
+class Mixture(Sequence):
+    """The problems of several sources, one source after the other; `prompt_iterator` draws of each
+    source by its weight.
+
+    Args:
+      sources: random access to records; weights: how often each is drawn, > 0, of any sum.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[dict]], weights: Sequence[float]):
+        if len(sources) != len(weights) or not sources:
+            raise ValueError(f"{len(sources)} sources, {len(weights)} weights")
+        for weight in weights:
+            if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+                raise InputError(f"the weight of a source must be a number > 0, got {weight!r}")
+        self.sources, self.weights = tuple(sources), tuple(weights)
+        self._starts = [0, *itertools.accumulate(len(source) for source in sources)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index) -> Any:
+        row = range(len(self))[index]
+        if isinstance(row, range):
+            return [self[i] for i in row]
+        number = bisect.bisect_right(self._starts, row) - 1
+        return self.sources[number][row - self._starts[number]]
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """The lines of all sources that were left out."""
+        return [line for source in self.sources for line in getattr(source, "skipped", ())]
+
+
 def prompt_iterator(
     source: Sequence[dict],
     *,
@@ -167,7 +288,10 @@ def prompt_iterator(
 ):
     """Returns an endless, checkpointable Grain iterator over batches (lists) of records.
 
-    The order is a function of the seed and changes every epoch.
+    The order is a function of the seed and changes every epoch. Of a Mixture each source has its
+    own order and epochs, and every stretch of the whole order has its share of each source: of the
+    first n records the i-th has n w_i / sum(w), but for less than a record for each source and but
+    for Grain's rounding of the weights to 1 / 100 of the smallest.
 
     Args:
       source: random access to the records.
@@ -175,14 +299,94 @@ def prompt_iterator(
       part: (k, n): of each batch the k-th of n equal parts, neighbouring records (n divides
         batch_size). The state counts batches, so another number of parts goes on from it.
     Raises:
-      InputError: fewer records than one batch.
+      InputError: fewer records than one batch; a source of a Mixture with fewer than its share.
     """
     if len(source) < batch_size:
         raise InputError(f"{len(source)} problems do not fill one batch of {batch_size} prompts")
-    dataset = grain.MapDataset.source(source)
-    dataset = dataset.shuffle(seed=seed) if shuffle else dataset
-    dataset = dataset.repeat().batch(batch_size // part[1], batch_fn=list)[part[0] :: part[1]]
+    if isinstance(source, Mixture):
+        shares = [weight / sum(source.weights) * batch_size for weight in source.weights]
+        for number, (one, share) in enumerate(zip(source.sources, shares, strict=True), start=1):
+            if len(one) < share:
+                raise InputError(
+                    f"source {number} of the mixture has {len(one)} problems, and its weight asks "
+                    f"for {share:.1f} in each batch of {batch_size} prompts: lower it"
+                )
+        seeds = np.random.SeedSequence(seed).generate_state(len(source.sources)).tolist()
+        parts = [_epochs(*one, shuffle) for one in zip(source.sources, seeds, strict=True)]
+        dataset = grain.MapDataset.mix(parts, source.weights)
+    else:
+        dataset = _epochs(source, seed, shuffle)
+    dataset = dataset.batch(batch_size // part[1], batch_fn=list)[part[0] :: part[1]]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+
+def _epochs(source: Sequence[dict], seed: int, shuffle: bool) -> grain.MapDataset:
+    dataset = grain.MapDataset.source(source)
+    return (dataset.shuffle(seed=seed) if shuffle else dataset).repeat()
+
+
+class Ahead:
+    """Prepares the next batch while this one is used: an iterator over (records, Prompts) whose
+    `next` starts a thread for the batch after it.
+
+    One thread at a time, for one batch; there is none before the first `next`, and it ends with its
+    batch. What goes wrong in it is raised by the `next` that would have returned its batch, and by
+    each one after it: such a batch counts as not handed out.
+
+    Args:
+      iterator: as `prompt_iterator` returns it; not to be used beside this.
+      tokenize: records -> Prompts. It runs beside the caller, so it must share nothing with it that
+        changes; a tokenizer's encode and decode change nothing.
+    """
+
+    def __init__(self, iterator, tokenize: Callable[[Sequence[dict]], Prompts]):
+        self._iterator, self._tokenize = iterator, tokenize
+        self._state = iterator.get_state()
+        self._pending: concurrent.futures.Future | None = None
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> tuple[list[dict], Prompts]:
+        pending = self._pending = self._pending or _in_thread(self._prepare)
+        concurrent.futures.wait([pending])  # interrupted here, it is still pending
+        self._pending = None
+        if error := pending.exception():
+            self._iterator.set_state(self._state)
+            raise error
+        batch, self._state = pending.result()
+        self._pending = _in_thread(self._prepare)
+        return batch
+
+    def _prepare(self):
+        records = next(self._iterator)
+        return (records, self._tokenize(records)), self._iterator.get_state()
+
+    def get_state(self):
+        """Returns the state after the last batch that `next` returned."""
+        return self._state
+
+    def set_state(self, state) -> None:
+        """Goes on from a state; what was prepared is dropped."""
+        if self._pending:
+            concurrent.futures.wait([self._pending])
+            self._pending = None
+        self._iterator.set_state(state)
+        self._state = state
+
+
+def _in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
+    """Runs `function` in a thread that the end of the process does not wait for."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:  # whatever it is, it is the waiting caller's
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="next-batch", daemon=True).start()
+    return future
 
 
 def render_prompt(
@@ -196,7 +400,7 @@ def render_prompt(
       template: of the user's text.
       chat: wrap it in the chat template, with `system` (if any) before it, up to the assistant's
         turn.
-      system: the system message.
+      system: the system message; `tokenize_prompts` puts a record's own "system" in its place.
       assistant: opens the assistant's turn ("<think>", say); left out where the chat template ends
         in it already.
     """
@@ -209,23 +413,34 @@ def render_prompt(
     return text if text.endswith(assistant) else text + assistant
 
 
+def render_record(render: Callable[..., str], record: dict) -> str:
+    """Returns render(problem) of a record, with the record's own system message if it has one."""
+    system = record.get("system")
+    return render(record["problem"], system=system) if system else render(record["problem"])
+
+
 def tokenize_prompts(
     records: Sequence[dict],
     *,
     tokenizer,
-    render: Callable[[str], str],
+    render: Callable[..., str],
     max_prompt_length: int,
     pad_id: int,
 ) -> Prompts:
     """Returns the records' prompts in one LEFT-padded bucket [P, max_prompt_length].
 
+    Args:
+      records: {"id", "problem"} and perhaps "system": the record's own system message (`Prepared`
+        data may have some), which takes the place of the one that `render` has.
+      render: (problem) or (problem, system=...) -> text, such as `render_prompt` with its options.
     Raises:
       InputError: a prompt that is empty or longer than the bucket, named by its id.
     """
     ids = np.full((len(records), max_prompt_length), pad_id, np.int32)
     mask = np.zeros((len(records), max_prompt_length), bool)
     for row, record in enumerate(records):
-        tokens = tokenizer.encode(render(record["problem"]), add_special_tokens=False)
+        text = render_record(render, record)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
         if not 0 < len(tokens) <= max_prompt_length:
             raise InputError(
                 f"problem {record['id']} has {len(tokens)} prompt tokens; "

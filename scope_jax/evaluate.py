@@ -239,14 +239,15 @@ def _measure_sets(args: argparse.Namespace, config: ConfigDict, workdir: str | N
     """Samples what --out does not hold yet, then prints and writes the figures of all of it."""
     if args.out is None and workdir is None:
         raise InputError("--model with benchmark sets needs --out DIR, for the samples")
-    notes, step = [], None
     with shared_errors():
         sets = _sets(config)
         problems, skipped = read_sets(sets, config.data_dir)
-        if workdir is not None:
-            notes, step = _take_from_run(config, pathlib.Path(workdir))
+        notes = _take_from_run(config, pathlib.Path(workdir)) if workdir is not None else []
+        config.sample.max_new_tokens = config.eval.max_new_tokens  # nothing else is sampled
         policy, params = load_policy(config)
+    step = None
     if workdir is not None:
+        step = _newest_step(workdir)
         params = restore_params(workdir, params, step)
     name = pathlib.Path(args.config.partition(":")[0]).stem
     out = pathlib.Path(args.out or f"{workdir}/evaluation/{name}-step{step}")
@@ -256,7 +257,7 @@ def _measure_sets(args: argparse.Namespace, config: ConfigDict, workdir: str | N
     samples = complete_samples(
         policy, params, kept, problems, out / "samples.jsonl",
         seed=config.seed, batch_size=config.eval.batch_size, after=config.reward.after,
-        reward_fn=load_object(config.reward.fn, "reward.fn"), prompt=config.prompt.to_dict(),
+        reward_fn=load_object(config.reward.fn, "reward.fn"),
         max_new_tokens=config.eval.max_new_tokens, temperature=config.eval.temperature,
         slots=config.sample.slots,
     )  # fmt: skip
@@ -274,10 +275,8 @@ def _sets(config: ConfigDict) -> list[BenchmarkSet]:
     return [BenchmarkSet(key=key, **options) for key, options in config.sets.items()]
 
 
-def _take_from_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[list[str], int | None]:
-    """Sets the config's model to that of a run; returns what else the two say differently, and the
-    step of the newest checkpoint.
-    """
+def _take_from_run(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Sets the config's model to that of a run; returns what else the two say differently."""
     run = run_config(workdir)
     model: dict[str, Any] = run["model"]
     config.model.update({**lora_options(model), "dtype": model["dtype"]})
@@ -290,12 +289,17 @@ def _take_from_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[list[str]
         theirs = flat_keys(run).get(key, "")
         if ours != theirs:
             notes.append(f"{key} is {ours!r} here and was {theirs!r} in training")
-    if not (workdir / "checkpoints").is_dir():
-        return notes, None  # `restore_params` says what is missing
+    return notes
+
+
+def _newest_step(workdir: str) -> int | None:
+    """Returns the step of a run's newest checkpoint, None where it has none."""
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        return None
     manager = open_checkpoints(workdir)
     step = manager.latest_step()
     manager.close()
-    return notes, step
+    return step
 
 
 def _record(config: ConfigDict, sets, problems, workdir, step: int | None) -> dict[str, Any]:

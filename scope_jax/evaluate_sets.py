@@ -1,8 +1,8 @@
 """Samples a policy on benchmark sets (benchmark.py) and writes every sample down, or grades
 completions that somebody stored.
 
-A sample's key is a function of (seed, set, problem, sample) alone: the file is the same whatever
-the batch size, and after an interruption.
+A sample's key is a function of (seed, set, index of the problem, sample) alone: the file is the
+same whatever the batch size, and after an interruption.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ from scope_jax.benchmark import (
     jobs_of,
     read_samples,
 )
-from scope_jax.data import decode_completions, read_rows, render_prompt
+from scope_jax.data import decode_completions, read_rows
 from scope_jax.hosts import all_hosts, on_first_host, shared_errors
 from scope_jax.records import InputError, Prompts
 from scope_jax.roles import Policy
@@ -46,7 +46,6 @@ def complete_samples(
     batch_size: int,
     reward_fn: Callable[[str, str], bool | float],
     after: str,
-    prompt: dict[str, Any],
     **sampling,
 ) -> list[Sample]:
     """Draws the samples that `file` does not hold yet and appends them, batch by batch; returns all
@@ -57,7 +56,6 @@ def complete_samples(
       seed: of all samples.
       batch_size: samples at a time, of all processes together.
       reward_fn, after: of the grade "math"; of both, see `grade_texts`.
-      prompt: options of `render_prompt`; a row's own system message goes before its `system`.
       sampling: max_new_tokens, temperature, slots (`generate`'s).
     Raises:
       InputError: a prompt that is too long, or a file of other samples; nothing is drawn then.
@@ -66,7 +64,7 @@ def complete_samples(
     jobs = jobs_of({chosen.key: (len(problems[chosen.key]), chosen.samples) for chosen in sets})
     samples, size, first = [], 0, jax.process_index() == 0
     with shared_errors():
-        prompts = {chosen.key: tokenize(policy, problems[chosen.key], prompt) for chosen in sets}
+        prompts = {chosen.key: policy.tokenize(problems[chosen.key]) for chosen in sets}
         if first:
             samples, size = read_samples(file, jobs)
     on_first_host(cut_file, file, size)
@@ -93,22 +91,6 @@ def complete_samples(
     return samples
 
 
-def tokenize(policy: Policy, rows: Sequence[dict[str, Any]], prompt: dict[str, Any]) -> Prompts:
-    """Returns the prompts of a set's rows; a row's own system message goes before the config's."""
-    rendered = [
-        {
-            "id": row["id"],
-            "problem": render_prompt(
-                policy.tokenizer,
-                row["problem"],
-                **(prompt if row["system"] is None else {**prompt, "system": row["system"]}),
-            ),
-        }
-        for row in rows
-    ]
-    return policy.tokenize(rendered, render=str)
-
-
 def sample_set(
     policy: Policy,
     params,
@@ -123,7 +105,7 @@ def sample_set(
 ) -> Iterator[dict[str, Any]]:
     """Yields the samples of one set from number `start` on, a batch at a time.
 
-    Each is {"rows": [(problem, sample)] of n samples, "texts": [n], "tokens": [n], "finished": [n],
+    Each is {"rows": [(index, sample)] of n samples, "texts": [n], "tokens": [n], "finished": [n],
     "fill": rows behind these that only fill the batch up}, whole in every process.
     """
     jobs = [(p, s) for p in range(len(prompts.records)) for s in range(chosen.samples)]
@@ -159,7 +141,7 @@ def _grade(
 ) -> list[Sample]:
     """Returns the samples of a batch with their rewards; each process grades a part of them."""
     rows, texts = drawn["rows"], drawn["texts"]
-    golds = [problems[problem]["gold"] for problem, _ in rows]
+    golds = [problems[index]["gold"] for index, _ in rows]
     part, parts = host_part(policy.decode_mesh)
     share = (len(rows) + drawn["fill"]) // parts
     mine = slice(part * share, (part + 1) * share)
@@ -171,16 +153,17 @@ def _grade(
     return [
         {
             "set": chosen.key,
-            "id": problems[problem]["id"],
-            "problem": problem,
+            "id": problems[index]["id"],
+            "index": index,
             "sample": sample,
+            "problem": problems[index]["problem"],
             "completion": text,
             "tokens": tokens,
             "finished": finished,
             "reward": reward,
             "answer": final_answer(chosen.grade, text, after),
         }
-        for (problem, sample), text, tokens, finished, reward in zip(
+        for (index, sample), text, tokens, finished, reward in zip(
             rows, texts, drawn["tokens"], drawn["finished"], rewards, strict=True
         )
     ]

@@ -1,11 +1,12 @@
 r"""Rewards: is the final answer of a completion right?
 
-`verify` takes the answer out of the text, decides equal strings and plain numbers on the spot and
-asks math-verify (https://github.com/huggingface/Math-Verify) about the rest in worker processes:
+`verify` takes the answer out of the text, decides on the spot what needs no algebra (equal strings,
+plain numbers, words, units that differ) and asks math-verify
+(https://github.com/huggingface/Math-Verify) about the rest in worker processes:
 
-    completion -> extract_answer -> fast_verdict -> True / False
-                                         | None (undecided)
-                                         +-> pipe -> worker: math-verify -> True / False
+    completion -> extract_answer -> compare -> True / False
+                                      | both answers, rewritten (undecided)
+                                      +-> pipe -> worker: math-verify -> True / False
 
 Why processes: math-verify limits itself by `signal.alarm`, which raises outside of the main thread
 and cannot interrupt one long C call (9^{9^9} freezes the interpreter). Why not `multiprocessing`:
@@ -31,12 +32,13 @@ from scope_jax import answer_worker
 from scope_jax.answers import (
     MAX_CHARS,
     as_formula,
+    compare,
     extract_answer,
-    fast_verdict,
     find_choice,
     normalise,
     read_choice,
     read_gold,
+    rewrite,
 )
 
 MAX_BARE_CHARS = 200  # an unmarked one-line completion up to this may itself be the answer
@@ -81,9 +83,13 @@ def verify(gold: str, completion: str) -> bool:
     by the same rules, so a GSM8K solution ("... #### 72") or a boxed one will do; without a mark
     the whole gold is the answer. An empty answer is wrong; so is a check that timed out or crashed.
 
-    Oddities of math-verify 0.9 show: units are dropped (5 cm = 5 m); 10 % equals both 10 and 0.1;
-    decimals are equal when they agree to 6 places (0.333333 = 1/3); words are products of letters,
-    so anagrams are equal; 1 < x < 2 as the gold equals the answer (1,2), not the other way round.
+    Equal are equal values in any notation: (1,2) and 1 < x < 2, 5 m and 500 cm, a column and (a,b),
+    3, 5 and {5,3}. A unit, a percent sign or a base may be left out, but not changed: 5 cm is 5,
+    not 5 m; 52_8 is 52, not 52_9; 10 % is 0.1, and 10 as well. {1,2}, (1,2) and [1,2] differ. Words
+    are compared as words, in any case; i is the imaginary unit. Rules of math-verify 0.9 that stay:
+    a decimal of 6 places or more equals what it rounds (0.333333 = 1/3), capital letters are small
+    ones, [1,2,3] is (1,2,3). In a text without a box or "####" its own reading counts, by which
+    units are nothing and words are products. tests/answer_pairs.py shows each of these.
 
     Raises:
       ValueError: the gold answer is empty: an error of the data, not of the completion.
@@ -117,19 +123,23 @@ def verify_batch(
     verdicts = [False] * len(golds)
     undecided: dict[_Request, list[int]] = {}
     for i, (gold, completion) in enumerate(zip(golds, completions, strict=True)):
-        truth, marked = read_gold(gold), extract_answer(completion)
-        tail = completion[-MAX_CHARS:]
-        answer = normalise(tail if marked is None else marked)
-        if not truth:
+        marked, tail = extract_answer(completion), completion[-MAX_CHARS:]
+        if not read_gold(gold):
             raise ValueError(f"gold {i} has no answer: {gold[:80]!r}")
-        verdict = fast_verdict(truth, answer)
-        if verdict is not None:
+        of_gold = extract_answer(gold)
+        of_gold = gold if of_gold is None else of_gold
+        # An unmarked short line may itself be the answer, but need not: only a few words must.
+        bare = len(tail) <= MAX_BARE_CHARS and "\n" not in completion.strip()
+        verdict = compare(of_gold, tail if marked is None else marked)
+        if verdict is True or (verdict is False and (marked is not None or len(tail.split()) < 4)):
             verdicts[i] = verdict
             continue
+        truth, answer = (
+            (normalise(of_gold), normalise(tail)) if isinstance(verdict, bool) else verdict
+        )
         readings = (as_formula(answer),)
         if marked is None:
-            bare = len(answer) <= MAX_BARE_CHARS and "\n" not in completion.strip()
-            readings = (tail, *readings) if bare else (tail,)
+            truth, readings = rewrite(normalise(of_gold)), (tail, *readings[:bare])
         undecided.setdefault((as_formula(truth), readings), []).append(i)
     if undecided:
         with _LOCK:

@@ -68,7 +68,7 @@ class Policy(NamedTuple):
     model: Any
     tokenizer: Any
     ends: dict[str, Any]  # of `generate`: what ends a row, and what stands behind the end
-    tokenize: Callable[..., Prompts]  # records -> their prompts, rendered and in one bucket
+    tokenize: Callable[[Any], Prompts]  # records -> their prompts, rendered and in one bucket
     problems: Callable[[str], Any]  # split -> random-access source of records
     rewards: Callable[..., np.ndarray]  # (golds, completions) -> what each is worth, float32
     check_steps: Any  # the task's exact step checker, if it has one

@@ -5,7 +5,7 @@ Rows are host arrays; `params` are the policy's current ones.
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,8 @@ from scope_jax.update import make_optimizer, reference
 BoundScorer = Callable[..., tuple[StepScores, dict[str, int]]]
 BoundTeacher = Callable[..., Continuations]
 
+PROMPTS_CHECKED = 16  # at the start
+
 
 class Run(NamedTuple):
     """What does not change during a run."""
@@ -46,19 +48,25 @@ class Run(NamedTuple):
     seed_key: jax.Array
     timer: Timer
     skipped: list[dict[str, Any]]  # lines of the data files that were left out
+    notes: Sequence[str] = ()  # what else there is to say of the data
 
 
 def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
     """Returns (Run, the policy's params, the iterator over its training problems) of a config."""
     policy, params = load_policy(config)
     problems = policy.problems("train")
-    splits = ("train", config.eval.split, *(("ood",) if config.eval.ood else ()))
+    others = (config.eval.split, *(("ood",) if config.eval.ood else ()))
+    all_splits = [problems, *(policy.problems(split) for split in others)]
     data = prompt_iterator(
         problems, batch_size=config.data.prompts_per_step, seed=config.seed,
         part=host_part(policy.mesh),
     )  # fmt: skip
-    # A prompt that does not fit stops the run before it starts (of a task's: the first one).
-    policy.tokenize(problems if isinstance(problems, list) else [problems[0]])
+    # A prompt that does not fit stops the run before it starts (of what is made or read when asked
+    # for: the first few).
+    sources = getattr(problems, "sources", (problems,))
+    for source in sources:
+        few = range(min(PROMPTS_CHECKED, len(source)))
+        policy.tokenize(source if isinstance(source, list) else [source[i] for i in few])
     plain, teacher = load_scorer(config, policy, params), load_teacher(config, policy, workdir)
     scorer = plain and (lambda requests, key, params: plain(requests))  # noqa: ARG005
     if config.locate.locator == "monte_carlo" and config.correct.n_correct:
@@ -73,7 +81,12 @@ def load_run(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, Any, Any]:
         ref_params=reference(params) if config.loss.kl_coef else None,
         seed_key=jax.random.key(config.seed),
         timer=Timer(),
-        skipped=[line for s in splits for line in getattr(policy.problems(s), "skipped", ())],
+        skipped=[line for split in all_splits for line in getattr(split, "skipped", ())],
+        notes=[
+            "pass rates: " + ", ".join(f"{count} {name}" for name, count in source.rated.items())
+            for source in sources
+            if hasattr(source, "rated")
+        ],
     )
     return run, params, data
 

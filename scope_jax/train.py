@@ -234,7 +234,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     writer = metrics.Writer(workdir, start, run.skipped)
     if start >= config.total_steps and writer.evaluated == start:
         raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
-    writer.say(describe(config, policy, params, start))
+    writer.say("\n".join([describe(config, policy, params, start), *run.notes]))
 
     after, last, every = {}, config.total_steps, config.eval.every
     evaluates = lambda step: step in (0, last) or (every and step % every == 0)  # noqa: E731

@@ -1,12 +1,12 @@
 """Benchmark sets: problems from files, resumable samples, figures, comparisons, completions."""
 
+import functools
 import gzip
 import itertools
 import json
 import math
 import pathlib
 import random
-import types
 
 import hostile
 import jax
@@ -34,11 +34,13 @@ from scope_jax.benchmark_report import (
     summary,
 )
 from scope_jax.configlib import load_config
+from scope_jax.data import render_prompt, render_record
 from scope_jax.evaluate import main
-from scope_jax.evaluate_sets import grade_stored, tokenize
+from scope_jax.evaluate_sets import grade_stored
 from scope_jax.models.hf import load_hf
 from scope_jax.records import InputError
 from scope_jax.rewards import verify
+from scope_jax.tasks.math_problems import pass_rate_of, read_pass_rates
 from scope_jax.tasks.worksheet import problems as worksheet
 from scope_jax.update import init_state, make_optimizer
 
@@ -101,14 +103,15 @@ def test_every_sample_is_written_in_order_and_graded(whole):
     rows = lines(whole)
     jobs = [("aime24", p, s) for p in range(5) for s in range(4)]
     jobs += [("gpqa", p, 0) for p in range(3)]
-    assert [(row["set"], row["problem"], row["sample"]) for row in rows] == jobs
+    assert [(row["set"], row["index"], row["sample"]) for row in rows] == jobs
     right = [row["reward"] for row in rows if row["set"] == "aime24"]
     assert 0 < sum(right) < len(right)  # the policy solves some sheets of two sums
     assert [row["id"] for row in rows[:5]] == ["aime24/0"] * 4 + ["aime24/1"]
     assert all(row["reward"] == 0 and row["answer"] is None for row in rows[20:])
     assert len({row["completion"] for row in rows[:20]}) > 5
     assert set(rows[0]) == {
-        "set", "id", "problem", "sample", "completion", "tokens", "finished", "reward", "answer",
+        "set", "id", "index", "sample", "problem", "completion", "tokens", "finished", "reward",
+        "answer",
     }  # fmt: skip
     found = json.loads((whole / "results.json").read_text())
     accuracy = sum(right) / 20
@@ -117,6 +120,14 @@ def test_every_sample_is_written_in_order_and_graded(whole):
     assert set(found["skipped"]) == {
         "aime25", "amc", "math500", "minerva", "olympiad", "arc_c", "mmlu_pro",
     }  # fmt: skip
+
+
+def test_the_samples_are_pass_rates_that_prepare_data_reads(whole, data):
+    rates, rows = read_pass_rates(whole / "samples.jsonl"), lines(whole)
+    for index, line in enumerate((data / "aime24.jsonl").read_text().splitlines()):
+        record = {"id": f"train.jsonl:{index + 1}", "problem": json.loads(line)["problem"]}
+        right = [row["reward"] for row in rows if row["id"] == f"aime24/{index}"]
+        assert pass_rate_of(record, rates) == sum(right) / 4
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_file(data, whole, tmp_path, monkeypatch):
@@ -271,13 +282,18 @@ def test_one_parquet_file_holds_several_sets(tmp_path):
     assert found == {
         "aime24": [{"id": "aime24/0", "problem": "What is 1+1?", "system": "Think.", "gold": "2"}],
         "math500": [
-            {"id": "math500/0", "problem": "What is 2+2?", "system": "", "gold": "4"},
-            {"id": "math500/1", "problem": "What is 1/2?", "system": None, "gold": "\\frac{1}{2}"},
+            {"id": "math500/0", "problem": "What is 2+2?", "gold": "4"},
+            {"id": "math500/1", "problem": "What is 1/2?", "gold": "\\frac{1}{2}"},
         ],
     }
     assert skipped == {
         "amc": f"{file} holds no row of data_source 'amc', but 'math' (2), 'aime' (1)"
     }
+    render = functools.partial(
+        render_prompt, None, template="Q: {problem}", chat=False, system="S."
+    )
+    prompts = [render_record(render, row) for rows in found.values() for row in rows]
+    assert prompts == ["Think.Q: What is 1+1?", "S.Q: What is 2+2?", "S.Q: What is 1/2?"]
     with pytest.raises(InputError, match="sets.amc: .* holds no row of data_source 'amc'"):
         read_sets([BenchmarkSet(key="amc", name="", source="amc", file=str(file))])
 
@@ -314,17 +330,17 @@ GOOD = {"problem": "p", "answer": "1"}
     ("row", "reason"),
     [
         ({"problem": "p"}, 'no "answer" (or "reward_model.ground_truth") text'),
-        ({"answer": "1"}, 'no "problem" text'),
-        ({"problem": ["p"], "answer": "1"}, '"prompt" must be an optional system and one user'),
+        ({"answer": "1"}, 'no "problem" (or "question") text'),
+        ({"problem": ["p"], "answer": "1"}, 'no "problem" (or "question") text'),
         ({"problem": "p", "answer": "\\boxed{ }"}, '"answer" holds nothing to compare with'),
         ({"problem": "p", "answer": ["1"]}, 'no "answer"'),
         ({"problem": "p", "answer": True}, 'no "answer"'),
-        ({"problem": "\ud800", "answer": "1"}, '"problem" holds half a surrogate pair'),
-        ({"problem": "a\x00b", "answer": "1"}, '"problem" holds a NUL character'),
+        ({"problem": "\ud800", "answer": "1"}, "half a surrogate pair, which is not Unicode"),
+        ({"problem": "a\x00b", "answer": "1"}, "a NUL character in"),
         ({**GOOD, "id": ["x"]}, '"id" must be a text or a number, got list'),
         ({**GOOD, "options": ["a", "b"]}, 'it has "options": set its grade to "choice"'),
-        ({"prompt": [{"role": "user", "content": 3}], "answer": "1"}, 'no "problem" text'),
-        ({"prompt": [{"role": "user"}, "x"], "answer": "1"}, "['user', None]"),
+        ({"prompt": [{"role": "user", "content": 3}], "answer": "1"}, "message without text"),
+        ({"prompt": [{"role": "user"}, "x"], "answer": "1"}, '"prompt" is no list of messages'),
         ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}, "['assistant']"),
         ({**GOOD, "reward_model": {"ground_truth": {"a": 1}}}, 'no "answer"'),
     ],
@@ -360,31 +376,10 @@ def test_an_id_that_repeats_is_refused(tmp_path):
         benchmark.read_set(file, MATH)
 
 
-def test_a_rows_own_system_message_is_kept_and_others_get_the_configs():
-    class Chat:
-        def apply_chat_template(self, messages, **_):
-            return json.dumps([m["content"] for m in messages])
-
-    def tokenize_only(rows, render):
-        return [{**row, "problem": render(row["problem"])} for row in rows]
-
-    policy = types.SimpleNamespace(tokenizer=Chat(), tokenize=tokenize_only)
-    rows = [
-        {"id": "a", "problem": "1?", "system": "Think."},
-        {"id": "b", "problem": "2?", "system": None},
-        {"id": "c", "problem": "3?", "system": ""},
-    ]
-    prompt = {"template": "Q: {problem}", "chat": True, "system": "Ours."}
-    tokenised = tokenize(policy, rows, prompt)  # type: ignore[arg-type]
-    assert [json.loads(row["problem"]) for row in tokenised] == [
-        ["Think.", "Q: 1?"], ["Ours.", "Q: 2?"], ["Q: 3?"],
-    ]  # fmt: skip
-
-
 def test_a_digest_tells_problems_apart():
-    row = {"id": "a", "problem": "p", "system": None, "gold": "1"}
+    row = {"id": "a", "problem": "p", "gold": "1"}
     assert digest([row]) == digest([dict(row)])
-    others = [{**row, "gold": "2"}, {**row, "problem": "q"}, {**row, "system": ""}]
+    others = [{**row, "gold": "2"}, {**row, "problem": "q"}, {**row, "system": "s"}]
     assert len({digest([other]) for other in [row, *others]}) == 4
 
 
@@ -394,7 +389,7 @@ def test_a_digest_tells_problems_apart():
 def sample(job, **more) -> dict:
     key, problem, number = job
     row = {
-        "set": key, "id": f"{key}/{problem}", "problem": problem, "sample": number,
+        "set": key, "id": f"{key}/{problem}", "index": problem, "sample": number,
         "completion": f"text {number}", "tokens": 3, "finished": True, "reward": 1.0,
         "answer": "1",
     }  # fmt: skip

@@ -11,7 +11,7 @@ from scope_jax.records import InputError
 RECIPES = ("qwen2_5_math_7b", "qwen2_5_math_7b:plain", "qwen2_5_math_7b:fsdp=16")
 RECIPES += ("qwen2_5_math_1_5b", "qwen2_5_math_1_5b:plain", "qwen3_0_6b", "llama3_1_8b")
 SHIPPED = sorted(
-    {"gsm8k_smollm2", "ledger", "word_problems_smollm2", "worksheet"}
+    {"eval_math", "gsm8k_smollm2", "ledger", "word_problems_smollm2", "worksheet"}
     | {spec.partition(":")[0] for spec in RECIPES}
 )
 

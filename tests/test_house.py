@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "scope_jax"
 
 FLOORS = [
-    ["records", "methods", "configlib", "watchman"],
+    ["records", "methods", "configlib", "watchman", "units"],
     [
         "hosts",
         "sharding",
@@ -32,7 +32,7 @@ FLOORS = [
     + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
     ["roles", "run", "evaluate", "evaluate_prm", "evaluate_sets", "benchmark", "benchmark_report"]
     + ["export", "monte_carlo", "train_prm"]
-    + ["pretrain", "pretrain_texts", "programs", "plan"],
+    + ["pretrain", "pretrain_texts", "prepare_data", "programs", "plan"],
     ["train"],
 ]
 # Within a floor: the config loader reads methods, tasks read files, evaluation shares roles.
