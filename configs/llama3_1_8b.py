@@ -4,9 +4,10 @@
     python -m scope_jax.train --config llama3_1_8b --workdir /mnt/bucket/run \
         --config.task.train_file=openr1_math_46k.jsonl.gz --config.task.test_file=math500.jsonl.gz
 
-128 prompts x 8 rollouts, 1,024 + 3,072 tokens, two updates a step, 500 steps. Hardware: meant for
-v5p:2x2x2 (8 chips). NOT PLANNED YET, so its memory and hours are not known here: run the first
-command; it names the settings that fit.
+128 prompts x 8 rollouts, 1,024 + 3,072 tokens, two updates a step, 500 steps. Not trained here.
+`plan` says of v5p:2x2x2 (8 chips of 95.7 GiB): FITS; at most 82.5 GiB (the cache as it grows), 80.5
+in the update; 435 s a step where every rollout takes its 3,072 tokens (an estimate): 60 hours at
+most. The plan takes the PRM's head for Qwen's, which is a little smaller.
 
 No think tags: the PRM (RLHFlow's, one user turn a step) was trained on plain solutions, and the
 policy writes such. Its context is the policy's (131k), so nothing is cut, capped or read in
