@@ -196,7 +196,14 @@ def default_config() -> ConfigDict:
                 "max_recompiles": 0,  # after the first step
                 "spike_factor": 10.0,  # gradient norm over its running median: flagged
             },
-            "log": {"rollout_groups": 2, "rollouts_every": 10, "diversity_every": 10},
+            "log": {
+                "rollout_groups": 2,
+                "rollouts_every": 10,
+                "diversity_every": 10,
+                "tracker": "",  # beside TensorBoard: "wandb" | "trackio", if it is installed
+                "profile_from": 0,  # the first step of a jax.profiler trace in W/profile; 0 = none
+                "profile_steps": 3,  # so many steps from there on
+            },
         }
     )
 

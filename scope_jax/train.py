@@ -162,6 +162,7 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     columns = put_batch([rows.get(k) for k in ("values", "source", "row_mask", "returns")], mesh)
     credit = assign_credit(*columns, group_size=slots, **config.advantages, **config.credit)
     per_token, source, per_row = own_rows(credit, mesh)
+    rows["advantages"] = per_token  # for the rollout files
     batch = TrainBatch(
         prompt_ids=rows["prompt_ids"], prompt_mask=rows["prompt_mask"],
         completion_ids=rows["ids"], completion_mask=rows["mask"], token_source=source,
@@ -231,7 +232,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     keep = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
     checkpoints = checkpoint.open_checkpoints(workdir, **keep, clear=True)
     state, start = checkpoint.go_on(checkpoints, init_state(run.optimizer, params), data)
-    writer = metrics.Writer(workdir, start, run.skipped)
+    shows = {key: config.log[key] for key in ("tracker", "profile_from", "profile_steps")}
+    writer = metrics.Writer(workdir, start, run.skipped, config.total_steps, **shows)
     if start >= config.total_steps and writer.evaluated == start:
         raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
     writer.say(describe(config, policy, params, start))
@@ -243,7 +245,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     with Preemption(config.checkpoint.grace_seconds) as preemption:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
-            with metrics.no_hidden_copies(), compiles.watch(warm=step > start + 1):
+            compiling = compiles.watch(warm=step > start + 1)
+            with writer.watching(step, run.timer), metrics.no_hidden_copies(), compiling:
                 state, *of_step = training_step(run, config, state, data, step)
             records, rows, trained, trace, measured = of_step
             run.timer.seconds["step"] = time.perf_counter() - began
@@ -257,7 +260,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             checkpoint.settle(checkpoints)  # the last save ran beside this step
             writer.step(step, measured)
             if step % config.log.rollouts_every == 0:
-                writer.rollouts(step, rows, trace, records, policy.tokenizer, shown)
+                writer.rollouts(step, rows, trace, records, policy.tokenizer, shown, trained)
             checks.keep_skipped(workdir, step, measured, trained)
             checks.stop_if_broken(measured, writer.recent, **config.checks)
             stopping = preemption.anywhere()
