@@ -26,17 +26,21 @@ LARGEST = 300_000  # bytes
 
 
 def show_a_repair(page: Page) -> None:
-    """Turns to the last step's repaired rollouts and points at a token of a correction."""
+    """Turns to a group with a rollout repaired at its third step or later, and points at a token of
+    the correction.
+    """
     page.select_option("#filter-repaired", "yes")
-    steps = page.locator("#filter-step option").all_inner_texts()
-    page.select_option("#filter-step", steps[-1])
     page.check("#whole")
-    card = page.locator(".rollout:has(.correction)").first
-    page.locator("#filters").scroll_into_view_if_needed()
-    page.evaluate("document.getElementById('filters').scrollIntoView()")
-    # The repaired rollout comes first: a picture has no scroll bar.
-    card.evaluate("(card) => card.parentElement.querySelector('.rollout').before(card)")
-    card.locator(".correction .tok").nth(3).hover()
+    for _ in range(200):
+        kept = page.locator(".rollout").first.locator(":scope > .step")
+        if (
+            kept.count() > 1
+            and page.locator(".rollout").first.locator(".rejected .step").count() > 1
+        ):
+            break
+        page.click("#next")
+    page.evaluate("scrollTo(0, document.getElementById('filters').offsetTop - 50)")
+    page.locator(".correction .tok").nth(3).hover()
 
 
 def take(report: pathlib.Path, chromium: str, out: pathlib.Path) -> None:

@@ -30,24 +30,24 @@ from scope_jax.records import POLICY, TEACHER, InputError
 MAX_BYTES = 12_000_000  # of the packed rollouts: a page stays below 15 MB
 MAX_READ = 150_000_000  # of rollout files, on the disk
 MAX_POINTS = 400  # of a curve; more are averaged
-CHARTS = (  # title, unit ("share" | "" | "log"), {label: metric}
+CHARTS = (  # title, axis ("zero": from 0 | "" | "log"), {label: metric}
     ("Reward in training", "", {"reward": "reward", "solved": "solve_rate"}),
-    ("pass@1, held out", "share", {"in distribution": "eval/pass@1", "OOD": "eval/ood_pass@1"}),
-    ("pass@k, held out", "share", {"in distribution": "eval/pass@k", "OOD": "eval/ood_pass@k"}),
-    ("Repairs", "", {"made": "corrections/made", "accepted": "corrections/accepted"}),
+    ("pass@1, held out", "zero", {"in distribution": "eval/pass@1", "OOD": "eval/ood_pass@1"}),
+    ("pass@k, held out", "zero", {"in distribution": "eval/pass@k", "OOD": "eval/ood_pass@k"}),
+    ("Repairs", "zero", {"made": "corrections/made", "accepted": "corrections/accepted"}),
     (
         "Repairs: how much was right",
-        "share",
+        "zero",
         {
             "accepted of made": "corrections/accepted_share",
             "steps before the error": "corrections/correct_share",
             "PRM agrees with verifier": "prm/agreement",
         },
     ),
-    ("Groups with signal", "share", {"groups with signal": "groups_with_signal"}),
+    ("Groups with signal", "zero", {"groups with signal": "groups_with_signal"}),
     (
         "Diversity of a group",
-        "share",
+        "zero",
         {
             "textual": "diversity/textual_diversity",
             "1 - self-BLEU": "diversity/one_minus_self_bleu",
@@ -64,7 +64,7 @@ CHARTS = (  # title, unit ("share" | "" | "log"), {label: metric}
     ("Gradient norm", "log", {"gradient norm": "grad_norm"}),
     (
         "Teacher's part of the trained tokens",
-        "share",
+        "zero",
         {"teacher tokens": "teacher_token_share", "p of the policy": "teacher_prob_mean"},
     ),
     (
@@ -381,7 +381,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, help="file to write (WORKDIR/report.html)")
     parser.add_argument("--plain", action="store_true", help="do not pack the rollouts (larger)")
     parser.add_argument(
-        "--max-mb", type=float, default=MAX_BYTES / 1e6, help="of rollouts in the page (%(default)g)"
+        "--max-mb",
+        type=float,
+        default=MAX_BYTES / 1e6,
+        help="of rollouts in the page (%(default)g)",
     )
     args = parser.parse_args(argv)
     size = int(args.max_mb * 1e6)
