@@ -27,7 +27,7 @@ FLOORS = [
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.ledger"]
     + ["tasks.math_problems", "sampling", "rewards", "prm", "scorers", "endpoint", "teachers"]
-    + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
+    + ["stepwise", "refill", "update", "checkpoint", "metrics", "report", "preemption", "checks"],
     ["roles", "run", "evaluate", "evaluate_prm", "export", "monte_carlo", "train_prm"]
     + ["pretrain", "pretrain_texts", "programs", "plan"],
     ["train"],
@@ -42,7 +42,8 @@ SAME_FLOOR = {
     ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),
     ("tasks.math_problems", "data"), ("tasks.math_problems", "rewards"), ("step_labels", "data"),
-    ("teachers", "endpoint"), ("hlo", "hardware"), ("models.flops", "models.transformer"),
+    ("teachers", "endpoint"), ("metrics", "report"),
+    ("hlo", "hardware"), ("models.flops", "models.transformer"),
     ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
     ("evaluate", "evaluate_prm"), ("train_prm", "monte_carlo"), ("pretrain", "pretrain_texts"),
 }  # fmt: skip
