@@ -396,9 +396,9 @@ def rollout_records(
     Tokens are told by lengths: "token_chars", characters of each token's text, and "step_ends",
     tokens before a step's end. Arrays over tokens that stay the same for long are runs, [[value,
     count], ..]: "advantages" (of the row as it was trained on), "source" (who wrote it). "logps"
-    are the policy's own as it sampled. Of a repair: "kept_prefix", "correction", "reward_after" and
-    in "repair" {"kept" tokens, "tokens" after them (texts), and of the whole row "source",
-    "advantages"}.
+    are the policy's own as it sampled, "logps_after" after the step's updates. Of a repair:
+    "kept_prefix", "correction", "reward_after" and in "repair" {"kept" tokens, "tokens" after them
+    (texts), and of the whole row "source", "advantages", "logps_after"}.
 
     Args:
       rows: the step's rollouts as sampled (train.py's dict of arrays).
@@ -406,7 +406,8 @@ def rollout_records(
         train.repair, or None where nothing is repaired.
       problems: records of the step's prompts.
       groups: how many of them to write.
-      trained: the rows as trained on, with "advantages" [B, T] among them; None: not known.
+      trained: the rows as trained on, with "advantages" and, where known, "logps_after" [B, T]
+        among them; None: not known.
     """
     decode = lambda ids: tokenizer.decode(ids.tolist())  # noqa: E731
     chosen = np.flatnonzero(rows["record"] < groups)
@@ -425,8 +426,8 @@ def rollout_records(
         record["finished"] = bool(rows["finished"][row])
         record["token_chars"] = [len(text) for text in texts]
         if "logps" in rows:
-            record["logps"] = [round(float(x), 3) for x in rows["logps"][row][:n]]
-        add_advantages(record, trained, group, rows["ids"][row][:n])
+            record["logps"] = _rounded(rows["logps"][row][:n])
+        add_update(record, trained, group, rows["ids"][row][:n])
         if trace is not None:
             step_ends, step_mask, scores, first_error, repaired, accepted, corrected = trace
             record["step_ends"] = step_ends[row][step_mask[row]].tolist()
@@ -446,14 +447,14 @@ def rollout_records(
                     "tokens": token_texts(tokenizer, [new.tolist()])[0][kept:],
                     "source": runs(source.tolist()),
                 }
-                add_advantages(record["repair"], trained, group, new, source)
+                add_update(record["repair"], trained, group, new, source)
         records.append(record)
     return records
 
 
-def add_advantages(record: dict, trained: dict | None, group: int, ids, source=None) -> None:
-    """Puts a row's "advantages", as runs, into its record, if a row with these tokens (and sources)
-    was trained on in its group: equal rows of a group have equal advantages.
+def add_update(record: dict, trained: dict | None, group: int, ids, source=None) -> None:
+    """Puts a row's "advantages", as runs, and "logps_after" into its record, if a row with these
+    tokens (and sources) was trained on in its group: what equal rows of a group have is equal.
     """
     if trained is None or "advantages" not in trained:
         return
@@ -464,7 +465,13 @@ def add_advantages(record: dict, trained: dict | None, group: int, ids, source=N
             same = (trained["source"][row][:n] == source).all()
         if same and trained["row_mask"][row]:
             record["advantages"] = runs(round(float(x), 4) for x in trained["advantages"][row][:n])
+            if "logps_after" in trained:
+                record["logps_after"] = _rounded(trained["logps_after"][row][:n])
             return
+
+
+def _rounded(logps) -> list[float]:
+    return [round(float(x), 3) for x in logps]
 
 
 def runs(values) -> list[list]:

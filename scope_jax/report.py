@@ -229,6 +229,7 @@ def shown_record(record: dict) -> dict[str, Any]:
         "scores": [_number(x) for x in record.get("step_scores", [])],
         "first_error": int(record.get("first_error", -1)),
         "logps": [_number(x) for x in record.get("logps", [])],
+        "after": [_number(x) for x in record.get("logps_after", [])],
         "advantages": _runs(record.get("advantages")),
     }
     if "correction" in record:
@@ -250,7 +251,7 @@ def _repair(record: dict, text: str, tokens: list[str]) -> dict[str, Any]:
     source, advantages = _runs(repair["source"]), _runs(repair.get("advantages"))
     return {
         "kept": kept, "tokens": new, "source": source, "advantages": advantages, "reward": after,
-        "ratios": [_number(x) for x in repair.get("ratios", [])],
+        "after": [_number(x) for x in repair.get("logps_after", [])],
     }  # fmt: skip
 
 

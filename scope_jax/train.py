@@ -41,7 +41,7 @@ from scope_jax.records import CorrectionRequests, InputError, TrainBatch, TrainS
 from scope_jax.refill import refill_groups
 from scope_jax.rewards import verifier_counts, verifier_stats
 from scope_jax.roles import describe
-from scope_jax.run import Run, acceptable, load_run, score_rows, verify_rows
+from scope_jax.run import Run, acceptable, current_logps, load_run, score_rows, verify_rows
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
@@ -161,12 +161,11 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     mesh, slots = run.policy.mesh, len(rows["rewards"]) // (rows["record"][-1] + 1)
     columns = put_batch([rows.get(k) for k in ("values", "source", "row_mask", "returns")], mesh)
     credit = assign_credit(*columns, group_size=slots, **config.advantages, **config.credit)
-    per_token, source, per_row = own_rows(credit, mesh)
-    rows["advantages"] = per_token  # for the rollout files
+    rows["advantages"], source, per_row = own_rows(credit, mesh)
     batch = TrainBatch(
         prompt_ids=rows["prompt_ids"], prompt_mask=rows["prompt_mask"],
         completion_ids=rows["ids"], completion_mask=rows["mask"], token_source=source,
-        old_logps=rows["logps"], advantages=per_token,
+        old_logps=rows["logps"], advantages=rows["advantages"],
     )  # fmt: skip
     with run.timer("update"):
         options = {**config.learn, **config.loss, "temperature": config.sample.temperature}
@@ -260,6 +259,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             checkpoint.settle(checkpoints)  # the last save ran beside this step
             writer.step(step, measured)
             if step % config.log.rollouts_every == 0:
+                trained["logps_after"] = current_logps(run, config, state.params, trained)
                 writer.rollouts(step, rows, trace, records, policy.tokenizer, shown, trained)
             checks.keep_skipped(workdir, step, measured, trained)
             checks.stop_if_broken(measured, writer.recent, **config.checks)

@@ -229,6 +229,10 @@ def test_records_have_the_advantages_of_the_rows_that_were_trained_on():
         "kept": 1, "tokens": ["e"], "source": [[1, 1], [2, 1]], "advantages": [[0.3, 1], [0.4, 1]]
     }  # fmt: skip
     assert all("repair" not in records[i] for i in (0, 2, 3))
+    trained["logps_after"] = -trained["advantages"]
+    records = rollout_records(1, rows, trace, problems, Characters, 2, trained)
+    assert [r["logps_after"][0] for r in records] == [-0.1, 0.2, -0.5, -0.6]
+    assert records[1]["repair"]["logps_after"] == [-0.3, -0.4]
 
 
 def test_records_of_rows_whose_update_is_not_known_have_no_advantages():

@@ -131,7 +131,7 @@ def repaired(**more):
     """Two steps, the second one wrong and written anew."""
     repair = {
         "kept": 2, "tokens": ["c", "\n"], "source": [[POLICY, 2], [TEACHER, 2]],
-        "advantages": [[0.75, 4]],
+        "advantages": [[0.75, 4]], "logps_after": [-0.25, -0.5, -1.0, -2.0],
     }  # fmt: skip
     scores = {"step_ends": [2, 4], "step_scores": [0.9, 0.1], "first_error": 1}
     texts = {"kept_prefix": "a\n", "correction": "c\n", "reward_after": 1.0}
@@ -405,9 +405,13 @@ def test_the_page_shows_who_wrote_what_and_filters(tmp_path, show):
     struck = "getComputedStyle(document.querySelector('.rejected .step .tok')).textDecorationLine"
     assert page.evaluate(struck) == "line-through"
     card.locator(".correction .tok").first.hover()
-    assert texts(page, "#tip") == ['"c"  token 3, teacher\nadvantage +0.750']
+    assert texts(page, "#tip") == [
+        '"c"  token 3, teacher\nadvantage +0.750\np after the update 0.368'
+    ]
     card.locator(".tok").first.hover()
-    assert "p 0.607" in texts(page, "#tip")[0]  # exp(-0.5)
+    tip = texts(page, "#tip")[0]
+    assert "p 0.607" in tip  # exp(-0.5)
+    assert "p after the update 0.779, ratio 1.284" in tip  # exp(-0.25), exp(-0.25 + 0.5)
 
     for selector, value, count in [
         ("#filter-outcome", "right", 4), ("#filter-outcome", "cut", 4),

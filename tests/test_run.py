@@ -6,7 +6,7 @@ import pytest
 
 from scope_jax.configlib import load_config
 from scope_jax.data import decode_steps
-from scope_jax.run import acceptable, load_run
+from scope_jax.run import acceptable, current_logps, load_run
 from scope_jax.sharding import replicate
 from scope_jax.train import sample, score
 
@@ -50,3 +50,18 @@ def test_what_is_accepted(accept, want):
     steps = np.array([[True, True], [True, True], [True, False]])
     found = acceptable(config, np.array([1.0, 0.0, 0.0]), lambda: (None, scores, steps, {}))
     assert found.tolist() == want
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_current_logps_of_what_was_just_sampled_are_the_samplers(tmp_path, parts):
+    options = [f"--config.learn.mini_batches={parts}", "--config.sample.temperature=0.7"]
+    config = load_config("worksheet:n=3,runlocal", options)
+    run, params, data = load_run(config, tmp_path)
+    records = next(data)
+    key = replicate(jax.random.key(0), run.policy.mesh)
+    rows, _ = sample(run, config, params, records, key)
+    found = current_logps(run, config, params, rows)
+    np.testing.assert_allclose(found, rows["logps"], atol=1e-4)
+    assert (found[~rows["mask"]] == 0).all()
+    moved = jax.tree.map(lambda x: x * 1.1, params)
+    assert abs(current_logps(run, config, moved, rows) - found).max() > 0.01
