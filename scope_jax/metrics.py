@@ -5,8 +5,10 @@ terminal.
 import collections
 import contextlib
 import importlib
+import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import time
 import uuid
@@ -187,7 +189,7 @@ class Writer:
       profile_from, profile_steps: `watching` writes a trace of these training steps to
         WORKDIR/profile; 0 = of none.
     Raises:
-      InputError: a tracker that is not known or not installed.
+      InputError: a tracker that is not known or not installed, a profile that would crash.
     Attributes:
       recent: {"step", "grad_norm", "skipped"} of the last RECENT training steps, oldest first.
       before: the run's first evaluation, None if there is none yet.
@@ -202,6 +204,8 @@ class Writer:
         self._silent = jax.process_index() > 0
         self._tracker = None if self._silent else _open_tracker(tracker, workdir)
         self._profiled = range(profile_from, profile_from + profile_steps if profile_from else 0)
+        if self._profiled:
+            _check_profiler()
         self._tracing = False
         self._reported, self._report_seconds = time.perf_counter(), 0.0
         self.console = Console(highlight=False, soft_wrap=True, quiet=self._silent)
@@ -494,6 +498,20 @@ def progress_line(console: Console, start: int, total: int) -> Progress | None:
     line.start()
     console.show_cursor(True)  # a run that is killed must not leave a terminal without one
     return line
+
+
+def _check_profiler() -> None:
+    """Raises InputError where libtpu would take the process down as a profile starts.
+
+    Seen with jaxlib 0.10.2 and libtpu 0.0.52 on a machine without a TPU: PluginTracer::Start ends
+    in a segmentation fault, unless JAX was told to leave TPUs alone.
+    """
+    told = os.environ.get("JAX_PLATFORMS")
+    if jax.default_backend() != "tpu" and not told and importlib.util.find_spec("libtpu"):
+        raise InputError(
+            "log.profile_from: libtpu is installed, there is no TPU, and its profiler would crash "
+            "the run: set the variable JAX_PLATFORMS=cpu (or cuda)"
+        )
 
 
 def _open_tracker(name: str, workdir: pathlib.Path) -> Any:

@@ -347,3 +347,12 @@ def test_a_profile_is_written(tmp_path):
         jnp.ones(3).sum().block_until_ready()
     writer.finish({}, 0)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_that_would_crash_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    Writer(tmp_path, profile_from=1).finish({}, 0)  # JAX_PLATFORMS is set: conftest.py
+    monkeypatch.delenv("JAX_PLATFORMS")
+    Writer(tmp_path).finish({}, 0)
+    with pytest.raises(InputError, match="JAX_PLATFORMS=cpu"):
+        Writer(tmp_path, profile_from=1)
