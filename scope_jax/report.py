@@ -228,8 +228,8 @@ def shown_record(record: dict) -> dict[str, Any]:
         "ends": ends,
         "scores": [_number(x) for x in record.get("step_scores", [])],
         "first_error": int(record.get("first_error", -1)),
-        "logps": [_number(x) for x in record.get("logps", [])],
-        "after": [_number(x) for x in record.get("logps_after", [])],
+        "logps": _hundredths(record.get("logps")),
+        "after": _hundredths(record.get("logps_after")),
         "advantages": _runs(record.get("advantages")),
     }
     if "correction" in record:
@@ -251,7 +251,7 @@ def _repair(record: dict, text: str, tokens: list[str]) -> dict[str, Any]:
     source, advantages = _runs(repair["source"]), _runs(repair.get("advantages"))
     return {
         "kept": kept, "tokens": new, "source": source, "advantages": advantages, "reward": after,
-        "after": [_number(x) for x in repair.get("logps_after", [])],
+        "after": _hundredths(repair.get("logps_after")),
     }  # fmt: skip
 
 
@@ -350,6 +350,11 @@ def _number(value: Any) -> float | None:
     return value if abs(value) <= 1e300 else None  # False for NaN, too
 
 
+def _hundredths(values: Any) -> list[int | None]:
+    """Returns log-probs in whole hundredths: of all in a page they pack worst."""
+    return [None if _number(x) is None else round(100 * x) for x in values or []]
+
+
 def _runs(value: Any) -> list[list[float]]:
     """Returns runs [[value, count], ..] as they should be. Raises ValueError, TypeError."""
     return [[float(x), int(count)] for x, count in value or [] if _number(x) is not None]
@@ -381,15 +386,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compare", type=pathlib.Path, help="the workdir of a second run")
     parser.add_argument("--out", type=pathlib.Path, help="file to write (WORKDIR/report.html)")
     parser.add_argument("--plain", action="store_true", help="do not pack the rollouts (larger)")
-    parser.add_argument(
-        "--max-mb",
-        type=float,
-        default=MAX_BYTES / 1e6,
-        help="of rollouts in the page (%(default)g)",
-    )
+    parser.add_argument("--max-mb", type=float, default=MAX_BYTES / 1e6, help="of its rollouts")
     args = parser.parse_args(argv)
-    size = int(args.max_mb * 1e6)
-    out = write_report(args.workdir, args.compare, args.out, plain=args.plain, max_bytes=size)
+    options = {"plain": args.plain, "max_bytes": int(args.max_mb * 1e6)}
+    out = write_report(args.workdir, args.compare, args.out, **options)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 

@@ -322,7 +322,7 @@ def test_records_of_the_writer_come_out_token_by_token():
     assert one["repair"]["kept"] == 3 and one["repair"]["source"] == [[POLICY, 3], [TEACHER, 1]]
     assert one["repair"]["advantages"] == [[0.5, 3], [0.25, 1]]
     assert "advantages" not in one  # the rejected row itself was not trained on
-    assert two["advantages"] == [[-0.5, 5]] and two["logps"] == [-1.0] * 5
+    assert two["advantages"] == [[-0.5, 5]] and two["logps"] == [-100] * 5
 
 
 def test_the_command_says_what_it_wrote_and_what_is_wrong(tmp_path, capsys):
@@ -411,7 +411,7 @@ def test_the_page_shows_who_wrote_what_and_filters(tmp_path, show):
     card.locator(".tok").first.hover()
     tip = texts(page, "#tip")[0]
     assert "p 0.607" in tip  # exp(-0.5)
-    assert "p after the update 0.779, ratio 1.284" in tip  # exp(-0.25), exp(-0.25 + 0.5)
+    assert "p after the update 0.779, ratio 1.28" in tip  # exp(-0.25), exp(-0.25 + 0.5)
 
     for selector, value, count in [
         ("#filter-outcome", "right", 4), ("#filter-outcome", "cut", 4),
