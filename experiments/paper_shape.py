@@ -90,7 +90,8 @@ def write_models(out: pathlib.Path, tiny: bool, tokenizer_dir: str, prm_tokenize
             norm = model.config.embed_dim**0.5
             params["embed"] = params["embed"].at[:, 0].set(2 * norm)
             # 0.75: share of the final norm that stays in dimension 0 behind two layers
-            params["unembed"] = params["unembed"].at[0].set(speaks / (0.75 * norm))
+            share = (speaks / (0.75 * norm)).astype(jnp.bfloat16)
+            params["unembed"] = params["unembed"].at[0].set(share)
         return params
 
     def bias(tokenizer, six=0.0):
