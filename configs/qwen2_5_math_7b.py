@@ -46,6 +46,10 @@ def get_config(arg: str = ""):
         "test_file": "math500.jsonl.gz",
         "ood_file": "",
         "bad_lines": "strict",  # | "skip": bad lines are left out, and counted
+        "mix": (),  # (("FILE", weight), ..): more training problems; train_file's weight is 1
+        "pass_rates": "",  # FILE of rows {id or problem, pass_rate or reward}, for the next two
+        "min_pass_rate": 0.0,  # training problems solved less often are left out
+        "max_pass_rate": 1.0,  # and those solved more often
     }
     config.total_steps = 500
     config.reward.fn = "scope_jax.rewards:verify"
