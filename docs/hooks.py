@@ -108,7 +108,7 @@ def rewrite_links(text: str, up: str = "") -> str:
             return f"![{label}]({up}{in_site(target)})"
         return f"`{target}`" if label in (target, f"`{target}`") else f"{label} (`{target}`)"
 
-    return _LINK.sub(change, text)
+    return _LINK.sub(change, text.replace(" ± ", "\u00a0±\u00a0"))  # an interval stays on a line
 
 
 # ---- of the code ---------------------------------------------------------------------------------
