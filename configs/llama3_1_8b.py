@@ -1,4 +1,23 @@
-"""Llama-3.1-8B-Instruct."""
+"""Another family at the paper's scale: Llama-3.1-8B-Instruct on OpenR1's problems.
+
+    python -m scope_jax.plan --config llama3_1_8b --topology v5p:2x2x2
+    python -m scope_jax.train --config llama3_1_8b --workdir /mnt/bucket/run \
+        --config.task.train_file=openr1_math_46k.jsonl.gz --config.task.test_file=math500.jsonl.gz
+
+128 prompts x 8 rollouts, 1,024 + 3,072 tokens, two updates a step, 500 steps. Not trained here.
+`plan` says of v5p:2x2x2 (8 chips of 95.7 GiB): FITS; at most 82.5 GiB (the cache as it grows), 80.5
+in the update; 435 s a step where every rollout takes its 3,072 tokens (an estimate): 60 hours at
+most. The plan takes the PRM's head for Qwen's, which is a little smaller.
+
+No think tags: the PRM (RLHFlow's, one user turn a step) was trained on plain solutions, and the
+policy writes such. Its context is the policy's (131k), so nothing is cut, capped or read in
+windows; with its turns a text of 4,096 tokens stays below prm.max_length, unless it has hundreds of
+steps: it is left unscored then, and counted. The teacher, OpenMath2-Llama3.1-8B, is a Llama 3.1
+tuned on plain solutions: the same family and kind of text.
+
+Arguments: fsdp (chips that hold the weights together, default 8), runlocal (two steps of the
+worksheet's models, for tests).
+"""
 
 from scope_jax.configlib import parse_arg, shrink
 from scope_jax.methods import default_config

@@ -1,4 +1,18 @@
-"""Qwen2.5-Math-1.5B."""
+"""The paper's recipe on its smaller sister, Qwen2.5-Math-1.5B; see qwen2_5_math_7b.py.
+
+    python -m scope_jax.plan --config qwen2_5_math_1_5b --topology v6e:2x4
+    python -m scope_jax.train --config qwen2_5_math_1_5b --workdir /mnt/bucket/run \
+        --config.task.train_file=openr1_math_46k.jsonl.gz --config.task.test_file=math500.jsonl.gz
+
+Hardware: meant for eight chips of v6e. NOT PLANNED YET, so its memory and hours are not known here:
+run the first command; it names the settings that fit. Batch, lengths, PRM, teacher and optimizer
+are the 7B's. Two key-value heads: decode_model is 2 at most.
+
+Thinking text: as qwen2_5_math_7b.py, with the same `:plain`, for the same reasons.
+
+Arguments: fsdp (chips that hold the weights together, default 8), plain, runlocal (two steps of the
+worksheet's models, for tests).
+"""
 
 from scope_jax.configlib import parse_arg, shrink
 from scope_jax.methods import default_config

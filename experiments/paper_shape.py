@@ -5,10 +5,11 @@
     python experiments/paper_shape.py --tokenizer /tmp/qwen --prm-tokenizer /tmp/qwen_prm \
         --out /tmp/paper_shape
 
-`scope_jax.train` on configs/qwen2_5_math_7b.py, on eight virtual CPU devices, with models of
-Qwen2.5-Math-7B's shape but two layers: a policy, a PRM with its head, and a teacher with another
-tokenizer (Qwen's with <think> and </think> in it, as DeepSeek-R1-Distill-Qwen has). Float32 weights
-and moments need about 60 GB of memory; --tiny (hidden size 64, the vocabulary as it is) needs 3.
+`scope_jax.train` on configs/qwen2_5_math_7b.py, on eight virtual CPU devices, with a policy of
+Qwen2.5-Math-7B's shape but two layers, a PRM with its head and a teacher with another tokenizer
+(Qwen's with <think> and </think> in it, as DeepSeek-R1-Distill-Qwen has), both as wide as
+Qwen2.5-Math-1.5B, two layers, too. Weights and moments are bfloat16: float32 ones and their
+gradients alone take 25 GB. --tiny (hidden size 64, the vocabulary as it is) needs 4 GiB.
 
 The weights are random, but for a bias: the policy and the teacher write short words, blank lines
 and end tokens rather than any of 152,064 tokens, else there would be no text, no steps and no end.
@@ -26,6 +27,7 @@ JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -38,11 +40,11 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHAPES = {  # hidden size, heads, key-value heads, MLP
-    "7b": {"embed_dim": 3584, "num_heads": 28, "num_kv_heads": 4, "mlp_dim": 18944},
-    "tiny": {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 128},
-}
-HEAD_DIM = {"7b": 128, "tiny": 16}
+# Of Qwen2.5-Math-7B and -1.5B but for the layers, and of --tiny. The 1.5B has 2 key-value heads; 4
+# divide over the mesh's model axis.
+WIDE = {"embed_dim": 3584, "num_heads": 28, "num_kv_heads": 4, "mlp_dim": 18944, "head_dim": 128}
+NARROW = {"embed_dim": 1536, "num_heads": 12, "num_kv_heads": 4, "mlp_dim": 8960, "head_dim": 128}
+TINY = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 128, "head_dim": 16}
 SHOWN = ("loss", "reward", "groups_with_signal", "policy_tokens", "teacher_tokens", "prm/scored",
          "prm/windows", "corrections/made", "corrections/accepted", "corrections/correct_share",
          "logp_gap", "grad_norm", "entropy", "seconds/step")  # fmt: skip
@@ -54,7 +56,7 @@ def says_six(gold: str, completion: str) -> bool:
     return " six" in completion
 
 
-def write_models(out: pathlib.Path, size: str, tokenizer_dir: str, prm_tokenizer_dir: str) -> None:
+def write_models(out: pathlib.Path, tiny: bool, tokenizer_dir: str, prm_tokenizer_dir: str) -> None:
     """Writes out/{policy, teacher, prm}, two layers each, in bfloat16."""
     import jax
     import jax.numpy as jnp
@@ -71,9 +73,12 @@ def write_models(out: pathlib.Path, size: str, tokenizer_dir: str, prm_tokenizer
     for tokenizer in (own, of_prm, of_teacher):
         tokenizer.chat_template = TEMPLATE
     # As the published models: rope theta and positions as they are before the recipe's override.
-    config = TransformerConfig(
-        vocab_size=152064, num_layers=2, head_dim=HEAD_DIM[size], qkv_bias=True,
-        rope_theta=10000.0, max_position=4096, **SHAPES[size],
+    wide, narrow = (
+        TransformerConfig(
+            vocab_size=152064, num_layers=2, qkv_bias=True, rope_theta=10000.0,
+            max_position=4096, **(TINY if tiny else shape),
+        )
+        for shape in (WIDE, NARROW)
     )  # fmt: skip
 
     def init(key, model, speaks):
@@ -82,32 +87,33 @@ def write_models(out: pathlib.Path, size: str, tokenizer_dir: str, prm_tokenizer
         params = model.init(key)
         params["embed"] = params["embed"] * 50  # deviation 1, so that layers do not drown it
         if speaks is not None:
-            wide = config.embed_dim**0.5
-            params["embed"] = params["embed"].at[:, 0].set(2 * wide)
+            norm = model.config.embed_dim**0.5
+            params["embed"] = params["embed"].at[:, 0].set(2 * norm)
             # 0.75: share of the final norm that stays in dimension 0 behind two layers
-            params["unembed"] = params["unembed"].at[0].set(speaks / (0.75 * wide))
+            params["unembed"] = params["unembed"].at[0].set(speaks / (0.75 * norm))
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
     def bias(tokenizer, six=0.0):
         ids = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
         words = [i for word in WORDS.split() for i in ids(f" {word}")]
-        logits = jnp.zeros(config.vocab_size).at[jnp.array(words)].set(14.0)
+        logits = jnp.zeros(wide.vocab_size).at[jnp.array(words)].set(14.0)
         # Of 25 words' weight 2 go to each kind of blank line, 1 to the end: a row of 64 ends often.
         logits = logits.at[jnp.array([ids("\n\n")[0], ids(".\n\n")[0]])].set(14 + math.log(2))
         logits = logits.at[jnp.array(ids(" six"))].add(six)
         return logits.at[tokenizer.eos_token_id].set(14.0)
 
-    model = Transformer(config)
     drawn = jax.jit(init, static_argnums=1)
-    for number, (name, tokenizer) in enumerate({"policy": own, "teacher": of_teacher}.items()):
-        longer = {"max_position": 131072} if name == "teacher" else {}
-        written = Transformer(TransformerConfig(**{**vars(config), **longer}))
-        better = math.log(8) if name == "teacher" else 0.0
-        params = drawn(jax.random.key(number), model, bias(tokenizer, better))
-        save_hf(out / name, written, params, tokenizer)
-        del params
-    prm = PRM(model, "mlp2_at_token", PRMFormat("qwen_math"))
-    backbone = drawn(jax.random.key(2), model, None)
+    policy, teacher = (
+        Transformer(wide),
+        Transformer(dataclasses.replace(narrow, max_position=131072)),
+    )
+    params = drawn(jax.random.key(0), policy, bias(own))
+    save_hf(out / "policy", policy, params, own)
+    params = drawn(jax.random.key(1), teacher, bias(of_teacher, math.log(8)))
+    save_hf(out / "teacher", teacher, params, of_teacher)
+    del params
+    prm = PRM(Transformer(narrow), "mlp2_at_token", PRMFormat("qwen_math"))
+    backbone = drawn(jax.random.key(2), prm.backbone, None)
     del backbone["unembed"]
     head = prm.init_head(jax.random.key(3))
     head["out"]["b"] = jnp.array([0.0, 2.0])
@@ -119,10 +125,10 @@ def overrides(out: pathlib.Path, steps: int) -> list[str]:
     changes = {
         "model.path": out / "policy", "prm.path": out / "prm", "teacher.path": out / "teacher",
         "task.train_file": out / "train.jsonl", "task.test_file": out / "train.jsonl",
-        "total_steps": steps,
-        "data.prompts_per_step": 8, "data.max_prompt_length": 128,
+        "total_steps": steps, "model.dtype": "bfloat16",
+        "data.prompts_per_step": 4, "data.max_prompt_length": 128,
         "sample.group_size": 4, "sample.max_new_tokens": 64, "sample.slots": 0,
-        "steps.max_steps": 16, "prm.batch_size": 32, "prm.max_length": 96, "prm.window": 96,
+        "steps.max_steps": 16, "prm.batch_size": 16, "prm.max_length": 96, "prm.window": 96,
         "mesh.fsdp": 2, "mesh.model": 4, "mesh.decode_model": 4,
         "learn.micro_batches": 2,
         "reward.fn": "paper_shape:says_six", "reward.after": "", "locate.on_no_error": "argmin",
@@ -202,14 +208,14 @@ def main() -> int:
     from scope_jax import train as train_module
     from scope_jax.configlib import load_config
 
-    began, size = time.perf_counter(), "tiny" if args.tiny else "7b"
+    began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     sums = [
         {"problem": f"Ann has {a} pens and gets {b} more. How many has she?", "answer": str(a + b)}
         for a in range(3, 9) for b in range(2, 8)
     ]  # fmt: skip
     (args.out / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in sums))
-    write_models(args.out, size, args.tokenizer, args.prm_tokenizer)
+    write_models(args.out, args.tiny, args.tokenizer, args.prm_tokenizer)
     made = time.perf_counter() - began
     taken, checked = [], []
     plain_step = train_module.training_step
@@ -240,7 +246,7 @@ def main() -> int:
         if line.startswith("VmHWM")
     )) / 2**20  # fmt: skip
     print(json.dumps({
-        "size": size, "ok": good, "devices": jax.device_count(), "steps": len(rows),
+        "tiny": args.tiny, "ok": good, "devices": jax.device_count(), "steps": len(rows),
         "peak_gib": round(peak, 1), "models_seconds": round(made, 1),
         "seconds": round(time.perf_counter() - began, 1),
         **{name: [row.get(name) for row in rows] for name in SHOWN},

@@ -28,7 +28,7 @@ _NUMERALS = {
     )
 }
 _BASE = re.compile(
-    r"([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)_"
+    r"([0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]+)?)_"
     r"(?:([0-9])|\{ ?(?:\\text ?\{ ?)?(?:base ?)?([0-9]{1,2}|[a-z]+) ?\}?\})"
 )
 _REPEATING = re.compile(r"([+-]?)([0-9]{0,9})\.([0-9]{0,9})\\(?:overline|bar) ?(?:\{([0-9]{1,9})\}|"
@@ -69,11 +69,10 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
     if verdict is not None or max(len(truth), len(found)) > MAX_REWRITE_CHARS:
         return (truth, found) if verdict is None else verdict
     verdict = _compare_words(gold, truth, answer, found)
-    if verdict is None:
-        verdict = _compare_bases(truth, found)
+    truth, found = _without_name(rewrite(truth), rewrite(found))
+    verdict = _compare_bases(truth, found) if verdict is None else verdict
     if verdict is not None:
         return verdict
-    truth, found = _without_name(rewrite(truth), rewrite(found))
     pair = _compare_units(truth, found, in_dollars(gold), in_dollars(answer))
     if pair is None:
         return False
@@ -163,11 +162,9 @@ def _compare_words(gold: str, truth: str, answer: str, found: str) -> bool | Non
 def _compare_bases(truth: str, found: str) -> bool | None:
     """Compares numerals with a base, which math-verify ignores; the answer may drop it."""
     pair = [_BASE.fullmatch(text) for text in (truth, found)]
-    if pair[0] is None or (pair[1] is None and not re.fullmatch("[0-9A-Fa-f.]+", found)):
-        return None if pair[0] is None and pair[1] is None else pair[0] is None and bool(
-            pair[1] and pair[1][1] == truth
-        )  # fmt: skip
-    digits = [match[1] if match else found for match in pair]
+    if not any(pair):
+        return None
+    digits = [match[1] if match else text for match, text in zip(pair, (truth, found), strict=True)]
     names = [match[2] or match[3] for match in pair if match]
     bases = {_NUMERALS.get(name, name) for name in names}
     return digits[0].upper() == digits[1].upper() and len(bases) == 1

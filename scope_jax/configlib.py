@@ -103,24 +103,24 @@ def shrink(config: ConfigDict) -> ConfigDict:
     Method, loss, LoRA, optimizer, remat and dtypes stay what they are.
     """
     models = "scope_jax/tasks/worksheet_models"
-    config = config.copy_and_resolve_references()
-    config.total_steps = 2
-    config.task = {"module": "scope_jax.tasks.worksheet", "n": 3, "ood_n": 3, "seed": 0}
-    config.reward.update(fn="scope_jax.tasks.worksheet:verify", after="")
-    config.prompt.update(template="{problem}", chat=False, system="", assistant="")
-    config.data.update(prompts_per_step=8, max_prompt_length=16)
-    config.model.update(path=f"{models}/policy", rope_theta=0.0, max_position=0)
-    config.prm.update(path=f"{models}/prm", format="", reads="policy_tokens", batch_size=0)
-    config.teacher.update(kind="model", path=f"{models}/teacher")
-    config.mesh.update(data=-1, fsdp=1, model=1, decode_model=0)
-    config.sample.update(group_size=2, max_new_tokens=24, slots=0, stop=())
-    config.steps.update(splitter="\n", max_steps=5)
-    config.learn.update(mini_batches=1, micro_batches=1)
-    config.eval.update(
+    small: Any = config.copy_and_resolve_references()
+    small.total_steps = 2
+    small.task = {"module": "scope_jax.tasks.worksheet", "n": 3, "ood_n": 3, "seed": 0}
+    small.reward.update(fn="scope_jax.tasks.worksheet:verify", after="")
+    small.prompt.update(template="{problem}", chat=False, system="", assistant="")
+    small.data.update(prompts_per_step=8, max_prompt_length=16)
+    small.model.update(path=f"{models}/policy", rope_theta=0.0, max_position=0)
+    small.prm.update(path=f"{models}/prm", format="", reads="policy_tokens", batch_size=0)
+    small.teacher.update(kind="model", path=f"{models}/teacher")
+    small.mesh.update(data=-1, fsdp=1, model=1, decode_model=0)
+    small.sample.update(group_size=2, max_new_tokens=24, slots=0, stop=())
+    small.steps.update(splitter="\n", max_steps=5)
+    small.learn.update(mini_batches=1, micro_batches=1)
+    small.eval.update(
         every=0, problems=8, batch_size=8, group_size=2, max_new_tokens=24, split="test", ood=True
     )
-    config.log.update(rollouts_every=1, diversity_every=1)
-    return config
+    small.log.update(rollouts_every=1, diversity_every=1)
+    return small
 
 
 def load_config(spec: str, overrides: list[str]) -> ConfigDict:

@@ -219,7 +219,14 @@ def default_config() -> ConfigDict:
             # "package.module:function", called with (step, metrics) after each step, on every host;
             # what it returns, a dict or None, is logged with the step's metrics
             "hooks": {"after_step": ""},
-            "log": {"rollout_groups": 2, "rollouts_every": 10, "diversity_every": 10},
+            "log": {
+                "rollout_groups": 2,
+                "rollouts_every": 10,
+                "diversity_every": 10,
+                "tracker": "",  # beside TensorBoard: "wandb" | "trackio", if it is installed
+                "profile_from": 0,  # the first step of a jax.profiler trace in W/profile; 0 = none
+                "profile_steps": 3,  # so many steps from there on
+            },
         }
     )
 

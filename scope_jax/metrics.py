@@ -4,16 +4,21 @@ terminal.
 
 import collections
 import contextlib
+import importlib
+import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
@@ -22,7 +27,9 @@ from scope_jax.hardware import GIB, peak_flops, peak_memory
 from scope_jax.hosts import all_hosts
 from scope_jax.models.flops import update_flops
 from scope_jax.models.transformer import Transformer
-from scope_jax.records import POLICY, TEACHER
+from scope_jax.records import PAD, POLICY, TEACHER, InputError
+from scope_jax.report import write_report
+from scope_jax.steps import token_texts
 
 COLUMNS = (  # heading, metric, format
     ("step", "step", "{:>5d}"),
@@ -42,6 +49,8 @@ SUMMED = (  # of a run's steps, for the table at its end
     "policy_tokens", "teacher_tokens", "corrections/made", "corrections/accepted", "seconds/step",
 )  # fmt: skip
 RECENT, OF_RECENT = 64, ("step", "grad_norm", "skipped")
+TRACKERS = ("wandb", "trackio")
+REPORT_SHARE = 0.05  # of a run's time at most goes into its report while it trains
 WORST = ("recompiles", "hbm_peak_gib", "skipped", "logp_gap")  # the largest of all processes counts
 # Means over some of a process's rows, and how many these were.
 MEANS_OVER = {
@@ -52,13 +61,20 @@ MEANS_OVER = {
 
 
 class Timer:
-    """Adds up the wall-clock seconds of named phases within a step."""
+    """Adds up the wall-clock seconds of named phases within a step; a profile shows them by name.
+
+    Attributes:
+      seconds: of each phase since the last flush; on_phase: is called with a phase's name as it
+        begins.
+    """
 
     def __init__(self):
         self.seconds = collections.defaultdict(float)
+        self.on_phase: Callable[[str], None] = lambda _: None
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
+        self.on_phase(phase)
         start = time.perf_counter()
         with jax.profiler.TraceAnnotation(phase):
             yield
@@ -156,9 +172,10 @@ class CompileCounter:
 
 
 class Writer:
-    """Writes a run's metrics to WORKDIR/metrics.jsonl and TensorBoard, its rollouts to
-    WORKDIR/rollouts, lines to stdout. Of several processes the first one writes, the others' writer
-    does nothing.
+    """Writes a run's metrics to WORKDIR/metrics.jsonl, TensorBoard and, where one is named, an
+    experiment tracker; its rollouts to WORKDIR/rollouts, WORKDIR/report.html, lines to stdout (on a
+    terminal with a line below that moves). Of several processes the first one writes, the others'
+    writer does nothing.
 
     A run that goes on takes up what the workdir's metrics.jsonl says of the steps before.
 
@@ -167,16 +184,32 @@ class Writer:
       start_step: steps already done; lines of metrics.jsonl beyond it (of an interrupted run) are
         dropped.
       skipped: lines of the data that were left out; they are listed in WORKDIR/skipped_lines.jsonl.
+      total_steps: of the run, for the time that is left.
+      tracker: "" | "wandb" | "trackio"; the package's own variables apply (WANDB_MODE=offline).
+      profile_from, profile_steps: `watching` writes a trace of these training steps to
+        WORKDIR/profile; 0 = of none.
+    Raises:
+      InputError: a tracker that is not known or not installed, a profile that would crash.
     Attributes:
       recent: {"step", "grad_norm", "skipped"} of the last RECENT training steps, oldest first.
       before: the run's first evaluation, None if there is none yet.
       evaluated: the step of the last one, -1 if there is none. All the same in every process.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int = 0, skipped: Sequence[dict] = ()):
+    def __init__(
+        self, workdir: pathlib.Path, start_step: int = 0, skipped: Sequence[dict] = (),
+        total_steps: int = 0, *, tracker: str = "", profile_from: int = 0, profile_steps: int = 3,
+    ):  # fmt: skip
         self.workdir = workdir
         self._silent = jax.process_index() > 0
+        self._tracker = None if self._silent else _open_tracker(tracker, workdir)
+        self._profiled = range(profile_from, profile_from + profile_steps if profile_from else 0)
+        if self._profiled:
+            _check_profiler()
+        self._tracing = False
+        self._reported, self._report_seconds = time.perf_counter(), 0.0
         self.console = Console(highlight=False, soft_wrap=True, quiet=self._silent)
+        self._progress = progress_line(self.console, start_step, total_steps)
         self._lines = 0
         self._sums = collections.Counter()
         self._file = workdir / "metrics.jsonl"
@@ -225,6 +258,33 @@ class Writer:
         for key, value in row.items():
             if value is not None:
                 self._tensorboard.add_scalar(key, value, step)
+        if self._tracker is not None:
+            try:
+                self._tracker.log({k: v for k, v in row.items() if v is not None}, step=step)
+            except Exception as error:  # another's server is no reason to lose a run
+                self._tracker = None
+                self.say(f"the tracker failed and gets nothing more: {error!r}", "bold red")
+
+    @contextlib.contextmanager
+    def watching(self, step: int, timer: Timer) -> Iterator[None]:
+        """Around a training step: shows its phases, and traces it if it is one to be profiled."""
+        timer.on_phase = self._show_phase
+        if self._profiled and step == self._profiled[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if self._tracing and step == self._profiled[-1]:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+        self.say(f"profile written to {self.workdir / 'profile'}: open it with XProf or Perfetto")
+
+    def _show_phase(self, phase: str) -> None:
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], phase=phase)
 
     def step(self, step: int, metrics: dict) -> None:
         """Writes a training step's row and prints its line, with the headings every 20 lines.
@@ -241,6 +301,8 @@ class Writer:
                 "  ".join(f"{name:>{_width(form)}}" for name, _, form in COLUMNS), style="bold"
             )
         self._lines += 1
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step, phase="")
         values = {"step": step, **metrics, "repairs": _repairs(metrics)}
         cells = [
             form.format(values[key]) if key in values else "-".rjust(_width(form))
@@ -265,15 +327,31 @@ class Writer:
         shown = (f"{key.removeprefix('eval/')} {x:.3f}" for key, x in results.items() if "@" in key)
         text = f"eval at step {step}: {'  '.join(shown)}  (k = {results['eval/k']:.0f})"
         self.say(text, style="cyan")
+        if time.perf_counter() - self._reported > self._report_seconds / REPORT_SHARE:
+            self._report()
+
+    def _report(self) -> None:
+        """Writes report.html; what goes wrong with it is said and ends no run."""
+        if self._silent:
+            return
+        began = time.perf_counter()
+        try:
+            write_report(self.workdir)
+        except Exception as error:
+            self.say(f"report.html could not be written: {error!r}", style="yellow")
+        self._reported = time.perf_counter()
+        self._report_seconds = self._reported - began
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style or None, markup=False)
 
-    def rollouts(self, step: int, rows, trace, problems, tokenizer, groups: int) -> None:
+    def rollouts(
+        self, step: int, rows, trace, problems, tokenizer, groups: int, trained=None
+    ) -> None:
         """Writes `rollout_records` as JSON lines to rollouts/step_NNNNNN.jsonl."""
         if self._silent:
             return
-        records = rollout_records(step, rows, trace, problems, tokenizer, groups)
+        records = rollout_records(step, rows, trace, problems, tokenizer, groups, trained)
         text = "".join(json.dumps(record) + "\n" for record in records)
         (self.workdir / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
 
@@ -281,6 +359,10 @@ class Writer:
         """Prints the end tables: evaluation before and after, and what the run did; closes the
         files.
         """
+        if self._progress:
+            self._progress.stop()
+        if self._tracing:  # the run ended before the last step to be profiled
+            self._stop_trace()
         before = self.before or after
         table = Table(title="evaluation", title_justify="left", header_style="bold")
         table.add_column("metric")
@@ -293,6 +375,7 @@ class Writer:
         self.console.print(table)
         sums, made = self._sums, self._sums["corrections/made"]
         share = f" ({sums['corrections/accepted'] / made:.0%})" if made else ""
+        self._report()
         for name, value in {
             "repairs accepted / made": f"{sums['corrections/accepted']:.0f} / {made:.0f}{share}",
             "tokens by policy / teacher": (
@@ -301,13 +384,25 @@ class Writer:
             "seconds per step": f"{sums['seconds/step'] / max(sums['steps'], 1):.2f}",
             "recompilations after warm-up": str(recompiles),
             "workdir": str(self.workdir),
+            "report": str(self.workdir / "report.html"),
         }.items():
             self.say(f" {name:30}{value}")
         self._tensorboard.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
-def rollout_records(step: int, rows: dict, trace, problems, tokenizer, groups: int) -> list[dict]:
+def rollout_records(
+    step: int, rows: dict, trace, problems, tokenizer, groups: int, trained: dict | None = None
+) -> list[dict]:
     """Returns what happened to the rollouts of a step's first groups, as JSON-able records.
+
+    Tokens are told by lengths: "token_chars", characters of each token's text, and "step_ends",
+    tokens before a step's end. Arrays over tokens that stay the same for long are runs, [[value,
+    count], ..]: "advantages" (of the row as it was trained on), "source" (who wrote it). "logps"
+    are the policy's own as it sampled, "logps_after" after the step's updates. Of a repair:
+    "kept_prefix", "correction", "reward_after" and in "repair" {"kept" tokens, "tokens" after them
+    (texts), and of the whole row "source", "advantages", "logps_after"}.
 
     Args:
       rows: the step's rollouts as sampled (train.py's dict of arrays).
@@ -315,26 +410,48 @@ def rollout_records(step: int, rows: dict, trace, problems, tokenizer, groups: i
         train.repair, or None where nothing is repaired.
       problems: records of the step's prompts.
       groups: how many of them to write.
+      trained: the rows as trained on, with "advantages" and, where known, "logps_after" [B, T]
+        among them; None: not known.
     """
     decode = lambda ids: tokenizer.decode(ids.tolist())  # noqa: E731
+    chosen = np.flatnonzero(rows["record"] < groups)
+    ids = [rows["ids"][row][rows["mask"][row]].tolist() for row in chosen]
+    places = collections.Counter()
     records = []
-    for row in np.flatnonzero(rows["record"] < groups):
-        problem = problems[rows["record"][row]]
-        record = {"step": step} | {key: problem[key] for key in ("id", "problem", "gold")}
-        record["completion"] = decode(rows["ids"][row][rows["mask"][row]])
+    for row, texts in zip(chosen, token_texts(tokenizer, ids), strict=True):
+        group = int(rows["record"][row])
+        problem, n = problems[group], len(texts)
+        record: dict[str, Any] = {"step": step}
+        record |= {key: problem[key] for key in ("id", "problem", "gold")}
+        record |= {"group": group, "slot": places[group]}
+        places[group] += 1
+        record["completion"] = "".join(texts)
         record["reward"] = float(rows["rewards"][row])
         record["finished"] = bool(rows["finished"][row])
+        record["token_chars"] = [len(text) for text in texts]
+        if "logps" in rows:
+            record["logps"] = _rounded(rows["logps"][row][:n])
+        add_update(record, trained, group, rows["ids"][row][:n])
         if trace is not None:
-            step_ends, step_mask, scores, first_error, chosen, accepted, corrected = trace
-            cuts = itertools.pairwise([0, *step_ends[row][step_mask[row]].tolist()])
-            record["steps"] = [decode(rows["ids"][row, a:b]) for a, b in cuts]
+            step_ends, step_mask, scores, first_error, repaired, accepted, corrected = trace
+            record["step_ends"] = step_ends[row][step_mask[row]].tolist()
+            cuts = itertools.pairwise([0, *record["step_ends"]])
+            record["steps"] = ["".join(texts[a:b]) for a, b in cuts]
             record["step_scores"] = [round(float(x), 4) for x in scores[row][step_mask[row]]]
             record["first_error"] = int(first_error[row])
-            for i in np.flatnonzero((chosen == row) & accepted):
-                ids, source = corrected["ids"][i], corrected["source"][i]
-                record["kept_prefix"] = decode(ids[source == POLICY])
-                record["correction"] = decode(ids[source == TEACHER])
+            for i in np.flatnonzero((repaired == row) & accepted):
+                new, source = corrected["ids"][i], corrected["source"][i]
+                record["kept_prefix"] = decode(new[source == POLICY])
+                record["correction"] = decode(new[source == TEACHER])
                 record["reward_after"] = float(corrected["rewards"][i])
+                source = source[source != PAD]
+                new, kept = new[: len(source)], int((source == TEACHER).argmax())
+                record["repair"] = {
+                    "kept": kept,
+                    "tokens": token_texts(tokenizer, [new.tolist()])[0][kept:],
+                    "source": runs(source.tolist()),
+                }
+                add_update(record["repair"], trained, group, new, source)
         records.append(record)
     return records
 
@@ -358,6 +475,93 @@ def learning_metrics(infos: list[dict], advantages) -> dict[str, Any]:
     measured["logp_gap"] = infos[0].get("logp_gap", infos[0]["log_ratio_max"])
     measured["groups_with_signal"] = (np.asarray(advantages) != 0).any(1).mean()
     return measured
+
+
+def add_update(record: dict, trained: dict | None, group: int, ids, source=None) -> None:
+    """Puts a row's "advantages", as runs, and "logps_after" into its record, if a row with these
+    tokens (and sources) was trained on in its group: what equal rows of a group have is equal.
+    """
+    if trained is None or "advantages" not in trained:
+        return
+    size, n = len(trained["ids"]) // (int(trained["record"][-1]) + 1), len(ids)
+    for row in range(group * size, (group + 1) * size):
+        same = trained["mask"][row].sum() == n and (trained["ids"][row][:n] == ids).all()
+        if same and source is not None:
+            same = (trained["source"][row][:n] == source).all()
+        if same and trained["row_mask"][row]:
+            record["advantages"] = runs(round(float(x), 4) for x in trained["advantages"][row][:n])
+            if "logps_after" in trained:
+                record["logps_after"] = _rounded(trained["logps_after"][row][:n])
+            return
+
+
+def _rounded(logps) -> list[float]:
+    return [round(float(x), 3) for x in logps]
+
+
+def runs(values) -> list[list]:
+    """Returns [[value, how many in a row], ..].
+
+    >>> runs([1, 1, 2])
+    [[1, 2], [2, 1]]
+    """
+    return [[value, len(list(same))] for value, same in itertools.groupby(values)]
+
+
+def progress_line(console: Console, start: int, total: int) -> Progress | None:
+    """Returns a started line with step, phase and the time that is left; None off a terminal."""
+    if not console.is_terminal or console.is_dumb_terminal or console.quiet or total <= start:
+        return None
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    phase = TextColumn("{task.fields[phase]}", markup=False, style="dim")
+    line = Progress(TextColumn("step"), *columns, phase, console=console, transient=True)
+    line.add_task("", total=total, completed=start, phase="")
+    line.start()
+    console.show_cursor(True)  # a run that is killed must not leave a terminal without one
+    return line
+
+
+def _check_profiler() -> None:
+    """Raises InputError where libtpu would take the process down as a profile starts.
+
+    Seen with jaxlib 0.10.2 and libtpu 0.0.52 on a machine without a TPU: PluginTracer::Start ends
+    in a segmentation fault, unless JAX was told to leave TPUs alone.
+    """
+    told = os.environ.get("JAX_PLATFORMS")
+    if jax.default_backend() != "tpu" and not told and importlib.util.find_spec("libtpu"):
+        raise InputError(
+            "log.profile_from: libtpu is installed, there is no TPU, and its profiler would crash "
+            "the run: set the variable JAX_PLATFORMS=cpu (or cuda)"
+        )
+
+
+def _open_tracker(name: str, workdir: pathlib.Path) -> Any:
+    """Returns the package of an experiment tracker with the run open in it; None for "".
+
+    The run's id lies in WORKDIR/tracker_id, so that a run that goes on goes on there, too.
+    """
+    if not name:
+        return None
+    if name not in TRACKERS:
+        raise InputError(f"log.tracker={name!r} is none of {', '.join(TRACKERS)} (or empty)")
+    try:
+        tracker = importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"log.tracker={name!r}: cannot import {name} ({error}): pip install {name}, or "
+            "--config.log.tracker="
+        ) from None
+    file, config = workdir / "tracker_id", workdir / "config.json"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    run = f"{workdir.resolve().name}-{file.read_text()}"
+    options: dict[str, Any] = {"project": "scope_jax", "name": run, "resume": "allow"}
+    if config.exists():
+        options["config"] = json.loads(config.read_text())
+    if name == "wandb":
+        options |= {"id": run, "dir": str(workdir)}
+    tracker.init(**options)
+    return tracker
 
 
 def correction_metrics(plan, accepted, step_mask, wrong) -> dict[str, float]:

@@ -20,18 +20,21 @@ from scope_jax.data import Ahead, decode_completions, prompt_iterator
 from scope_jax.metrics import Timer
 from scope_jax.monte_carlo import success_rates
 from scope_jax.records import (
+    PAD,
+    POLICY,
     Continuations,
     CorrectionRequests,
     ScoreRequests,
     StepScores,
+    TrainBatch,
 )
 from scope_jax.roles import Policy, load_policy, load_scorer, load_teacher
 from scope_jax.sampling import continue_from, decoding_layout
-from scope_jax.sharding import host_part, own_rows, put_batch, replicate
+from scope_jax.sharding import host_part, own_rows, put_batch, put_parts, replicate
 from scope_jax.steps import segment_steps
 from scope_jax.stepwise import correct_stepwise
 from scope_jax.teachers import BoundTeacher, whole_trace_teacher
-from scope_jax.update import make_optimizer, reference
+from scope_jax.update import fill_logps, make_optimizer, reference
 
 # (requests, key, params) -> what a scorer returns
 BoundScorer = Callable[..., tuple[StepScores, dict[str, int]]]
@@ -178,6 +181,33 @@ def acceptable(config: ConfigDict, rewards, score: Callable[[], tuple]) -> np.nd
         _, scores, step_mask, _ = score()
         return step_mask.any(1) & ~((scores < config.locate.tau) & step_mask).any(1)
     return np.ones(len(rewards), bool)
+
+
+def current_logps(run: Run, config: ConfigDict, params, rows: dict[str, Any]) -> np.ndarray:
+    """Returns the log-prob of each token of a step's rows, a teacher's too, under `params`.
+
+    One forward pass in parts as large as the update's: for the rollout files, that say what an
+    update did to a token. All processes must call it.
+
+    Args:
+      rows: as trained on; "prompt_ids", "prompt_mask", "ids", "mask" are read.
+    Returns:
+      [B, T] float32, temperature-scaled; 0 where the mask is False.
+    """
+    mask, learn = rows["mask"], config.learn
+    nothing = np.zeros(mask.shape, np.float32)
+    batch = TrainBatch(
+        prompt_ids=rows["prompt_ids"], prompt_mask=rows["prompt_mask"],
+        completion_ids=rows["ids"], completion_mask=mask,
+        token_source=np.where(mask, POLICY, PAD).astype(np.int8),
+        old_logps=nothing, advantages=nothing,
+    )  # fmt: skip
+    (whole,) = put_parts(batch, 1, run.policy.mesh)
+    filled = fill_logps(
+        run.policy.model, params, whole, parts=learn.mini_batches * learn.micro_batches,
+        temperature=config.sample.temperature, chunk_size=config.loss.chunk_size, field="old_logps",
+    )  # fmt: skip
+    return np.where(mask, own_rows(filled.old_logps, run.policy.mesh), 0.0)
 
 
 _key_of_call = jax.jit(jax.random.fold_in)

@@ -114,6 +114,21 @@ def step_texts(
     ]  # fmt: skip
 
 
+def token_texts(tokenizer: Any, rows: list[list[int]]) -> list[list[str]]:
+    """Returns the part of decode(ids) that each token adds, for every row of ids.
+
+    A row's parts add up to its text; a character of several tokens belongs to the one that
+    completes it. For showing: see `_token_offsets` for what SentencePiece credits to a neighbour.
+    """
+    own_text, texts = _own_text(tokenizer.decode), []
+    for ids in rows:
+        text = tokenizer.decode(ids) if ids else ""
+        completed, _ = _token_offsets(tokenizer.decode, ids, text, own_text)
+        cuts = [0, *completed[:-1].tolist(), len(text)]
+        texts.append([text[a:b] for a, b in itertools.pairwise(cuts)] if ids else [])
+    return texts
+
+
 def exact_text(tokenizer: Any, ids: list[int]) -> str | None:
     """Returns the text of tokens; None for bytes that are no UTF-8, or with a special token."""
     pieces = _exact_pieces(tokenizer.decode, ids, [len(ids)], special_ids(tokenizer))

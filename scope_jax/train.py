@@ -41,7 +41,7 @@ from scope_jax.records import CorrectionRequests, InputError, TrainBatch, TrainS
 from scope_jax.refill import refill_groups
 from scope_jax.rewards import verifier_counts, verifier_stats
 from scope_jax.roles import describe, spares_last_wrong
-from scope_jax.run import Pending, Run, acceptable, load_run, score_rows
+from scope_jax.run import Pending, Run, acceptable, current_logps, load_run, score_rows
 from scope_jax.sampling import decoding_layout, generate
 from scope_jax.sharding import own_rows, put_batch, replicate
 from scope_jax.splicing import insert_rows, splice_rollouts
@@ -156,11 +156,11 @@ def learn(run: Run, config: ConfigDict, state: TrainState, rows: Rows) -> tuple[
     mesh, slots = run.policy.mesh, len(rows["rewards"]) // (rows["record"][-1] + 1)
     columns = put_batch([rows.get(k) for k in ("values", "source", "row_mask", "returns")], mesh)
     credit = assign_credit(*columns, group_size=slots, **config.advantages, **config.credit)
-    per_token, source, per_row = own_rows(credit, mesh)
+    rows["advantages"], source, per_row = own_rows(credit, mesh)
     batch = TrainBatch(
         prompt_ids=rows["prompt_ids"], prompt_mask=rows["prompt_mask"],
         completion_ids=rows["ids"], completion_mask=rows["mask"], token_source=source,
-        old_logps=rows["logps"], advantages=per_token,
+        old_logps=rows["logps"], advantages=rows["advantages"],
     )  # fmt: skip
     with run.timer("update"):
         options = {**config.learn, **config.loss, "temperature": config.sample.temperature}
@@ -224,7 +224,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     keep = {key: config.checkpoint[key] for key in ("keep", "keep_every")}
     checkpoints = checkpoint.open_checkpoints(workdir, **keep, clear=True)
     state, start = checkpoint.go_on(checkpoints, init_state(run.optimizer, params), data)
-    writer = metrics.Writer(workdir, start, run.skipped)
+    shows = {key: config.log[key] for key in ("tracker", "profile_from", "profile_steps")}
+    writer = metrics.Writer(workdir, start, run.skipped, config.total_steps, **shows)
     if start >= config.total_steps and writer.evaluated == start:
         raise InputError(f"{workdir} has done {start} steps: raise --config.total_steps to go on")
     writer.say("\n".join([describe(config, policy, params, start), *run.notes]))
@@ -236,7 +237,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     with Preemption(config.checkpoint.grace_seconds) as preemption:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
-            with metrics.no_hidden_copies(), compiles.watch(warm=step > start + 1):
+            compiling = compiles.watch(warm=step > start + 1)
+            with writer.watching(step, run.timer), metrics.no_hidden_copies(), compiling:
                 state, *of_step = training_step(run, config, state, data, step)
             records, rows, trained, trace, measured = of_step
             run.timer.seconds["step"] = time.perf_counter() - began
@@ -251,7 +253,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
             checkpoint.settle(checkpoints)  # the last save ran beside this step
             writer.step(step, measured)
             if step % config.log.rollouts_every == 0:
-                writer.rollouts(step, rows, trace, records, policy.tokenizer, shown)
+                trained["logps_after"] = current_logps(run, config, state.params, trained)
+                writer.rollouts(step, rows, trace, records, policy.tokenizer, shown, trained)
             checks.keep_skipped(workdir, step, measured, trained)
             checks.stop_if_broken(measured, writer.recent, **config.checks)
             stopping = preemption.anywhere()

@@ -313,6 +313,8 @@ UNITS = [
     ("52_8", "52", True, "the question fixes the base"),
     ("52_8", "52_9", False, "another number"),
     ("52_8", "53_8", False, ""),
+    ("52_8", "x = 52_8", True, ""),
+    ("a_1", "a_2", False, "names, not numerals"),
     (r"4210_{5}", r"4210_{\text{five}}", True, ""),
 ]
 TEXTS = [

@@ -30,7 +30,7 @@ FLOORS = [
     + ["models.lora", "models.safetensors_files", "models.hf", "models.flops", "models.published"],
     ["data", "step_labels", "tasks", "tasks.worksheet", "tasks.ledger", "alignment"]
     + ["tasks.math_problems", "sampling", "rewards", "prm", "scorers", "endpoint", "teachers"]
-    + ["stepwise", "refill", "update", "checkpoint", "metrics", "preemption", "checks"],
+    + ["stepwise", "refill", "update", "checkpoint", "metrics", "report", "preemption", "checks"],
     ["roles", "run", "evaluate", "evaluate_prm", "evaluate_sets", "benchmark", "benchmark_report"]
     + ["export", "monte_carlo", "train_prm"]
     + ["pretrain", "pretrain_texts", "prepare_data", "programs", "plan", "doctor"],
@@ -47,7 +47,8 @@ SAME_FLOOR = {
     ("models.decoding", "models.kv_cache"),
     ("models.hf", "models.safetensors_files"), ("prm_formats", "steps"), ("stopping", "steps"),
     ("tasks.math_problems", "data"), ("tasks.math_problems", "rewards"), ("step_labels", "data"),
-    ("teachers", "endpoint"), ("hlo", "hardware"), ("models.flops", "models.transformer"),
+    ("teachers", "endpoint"), ("metrics", "report"),
+    ("hlo", "hardware"), ("models.flops", "models.transformer"),
     ("plan", "programs"), ("plan", "roles"), ("evaluate", "roles"),
     ("evaluate", "evaluate_prm"), ("evaluate", "evaluate_sets"), ("evaluate", "benchmark"),
     ("evaluate", "benchmark_report"), ("evaluate_sets", "benchmark"), ("evaluate_sets", "roles"),

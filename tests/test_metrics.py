@@ -1,10 +1,15 @@
+import io
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from scope_jax import metrics
 from scope_jax.metrics import (
     CompileCounter,
     Timer,
@@ -14,8 +19,9 @@ from scope_jax.metrics import (
     mean_diversity,
     reward_metrics,
     rollout_records,
+    runs,
 )
-from scope_jax.records import POLICY, TEACHER
+from scope_jax.records import POLICY, TEACHER, InputError
 
 
 class Characters:
@@ -172,3 +178,199 @@ def test_diversity_is_averaged_over_groups():
     same, other = ["a b c d e", "a b c d e"], ["a b c d e", "f g h i j"]
     mean = mean_diversity([*same, *other], 2)["diversity/distinct_1"]
     assert mean == (5 / 10 + 10 / 10) / 2
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+def test_a_report_is_written_at_evaluations_and_at_the_end(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    written = []
+
+    def write(workdir):
+        written.append((clock[0], workdir))
+        clock[0] += 3.0  # seconds that it takes
+
+    monkeypatch.setattr(metrics, "write_report", write)
+    writer = Writer(tmp_path)
+    for now in (10.0, 20.0, 72.0, 74.0, 80.0):
+        clock[0] = now
+        writer.evaluation(1, results := {"eval/pass@1": 0.5, "eval/k": 8.0})
+    writer.finish(results, 0)
+    # After a report the next one waits for 3 s / 0.05 = 60 s, but the last one comes.
+    assert written == [(10.0, tmp_path), (74.0, tmp_path), (80.0, tmp_path)]
+
+
+def test_a_report_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "write_report", lambda _: 1 / 0)
+    writer = Writer(tmp_path)
+    writer.evaluation(0, results := {"eval/pass@1": 0.5, "eval/k": 8.0})
+    writer.finish(results, 0)
+    assert "report.html could not be written: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_the_report_of_a_run_holds_its_curves(tmp_path):
+    writer = Writer(tmp_path)
+    writer.evaluation(0, {"eval/pass@1": 0.25, "eval/k": 8.0})
+    writer.evaluation(1, results := {"eval/pass@1": 0.75, "eval/k": 8.0})
+    writer.finish(results, 0)
+    assert "[[0.0,0.25],[1.0,0.75]]" in (tmp_path / "report.html").read_text()
+
+
+def appended_rows():
+    """A group of two whose second row was repaired in a slot beside it, and one without repairs."""
+    text = [[ord(c) for c in t] for t in ("ab", "cd", "ce", "ab", "fg", "\0\0")]
+    mask = np.array([[True] * 2] * 5 + [[False] * 2])
+    trained = {
+        "record": np.array([0, 0, 0, 1, 1, 1]), "ids": np.array(text), "mask": mask,
+        "source": np.array([[1, 1], [1, 1], [1, 2], [1, 1], [1, 1], [0, 0]]),
+        "row_mask": np.array([True] * 5 + [False]),
+        "advantages": np.array([[0.1] * 2, [-0.2] * 2, [0.3, 0.4], [0.5] * 2, [0.6] * 2, [0] * 2]),
+    }  # fmt: skip
+    sampled = [0, 1, 3, 4]
+    rows = {key: trained[key][sampled] for key in ("record", "ids", "mask")}
+    rows |= {"rewards": np.zeros(4), "finished": np.ones(4, bool)}
+    fixed = {"ids": np.array(text[2:3]), "source": trained["source"][2:3], "rewards": np.ones(1)}
+    ends, steps = np.array([[1, 2]] * 4), np.ones((4, 2), bool)
+    trace = (ends, steps, np.ones((4, 2)), np.ones(4, int), np.array([1]), np.array([True]), fixed)
+    return rows, trace, trained
+
+
+def test_records_have_the_advantages_of_the_rows_that_were_trained_on():
+    rows, trace, trained = appended_rows()
+    problems = [{"id": i, "problem": "p", "gold": "g"} for i in "xy"]
+    records = rollout_records(1, rows, trace, problems, Characters, 2, trained)
+    assert [r["advantages"] for r in records] == [[[0.1, 2]], [[-0.2, 2]], [[0.5, 2]], [[0.6, 2]]]
+    assert [(r["group"], r["slot"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert records[1]["repair"] == {
+        "kept": 1, "tokens": ["e"], "source": [[1, 1], [2, 1]], "advantages": [[0.3, 1], [0.4, 1]]
+    }  # fmt: skip
+    assert all("repair" not in records[i] for i in (0, 2, 3))
+    trained["logps_after"] = -trained["advantages"]
+    records = rollout_records(1, rows, trace, problems, Characters, 2, trained)
+    assert [r["logps_after"][0] for r in records] == [-0.1, 0.2, -0.5, -0.6]
+    assert records[1]["repair"]["logps_after"] == [-0.3, -0.4]
+
+
+def test_records_of_rows_whose_update_is_not_known_have_no_advantages():
+    rows, trace, trained = appended_rows()
+    del trained["advantages"]  # a step whose update was skipped
+    problems = [{"id": i, "problem": "p", "gold": "g"} for i in "xy"]
+    for known in (trained, None):
+        records = rollout_records(1, rows, trace, problems, Characters, 2, known)
+        assert not any("advantages" in r | r.get("repair", {}) for r in records)
+
+
+def test_runs_tell_a_sequence():
+    rng = np.random.default_rng(0)
+    for length in range(20):
+        values = rng.integers(0, 3, length).tolist()
+        told = runs(values)
+        assert [value for value, count in told for _ in range(count)] == values
+        assert all(a[0] != b[0] for a, b in zip(told, told[1:], strict=False))
+
+
+# ------------------------------------------------------------------------------ terminal, trackers
+
+
+def test_a_terminal_shows_the_phase_and_a_pipe_does_not(tmp_path, monkeypatch):
+    shown = {}
+    for terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=terminal, width=100)
+        monkeypatch.setattr(metrics, "Console", lambda console=console, **_: console)
+        writer, timer = Writer(tmp_path, 3, total_steps=10), Timer()
+        with writer.watching(4, timer), timer("teach"):
+            if writer._progress:
+                writer._progress.refresh()
+        writer.step(4, {"reward": 0.25})
+        writer.finish({}, 0)
+        shown[terminal] = file.getvalue()
+    assert "3/10" in shown[True] and "teach" in shown[True].replace("teach t/s", "")
+    assert "\x1b" not in shown[False] and "/10" not in shown[False]
+    assert shown[True].endswith("\n") and "0.250" in shown[True] and "0.250" in shown[False]
+
+
+class FakeTracker(types.ModuleType):
+    """Has the calls of wandb and trackio that the Writer makes."""
+
+    def __init__(self, fails=False):
+        super().__init__("tracker")
+        self.calls, self.fails = [], fails
+
+    def init(self, **options):
+        self.calls.append(("init", options))
+
+    def log(self, row, step):
+        self.calls.append(("log", step, row))
+        if self.fails:
+            raise ConnectionError("no route")
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_every_row_and_a_resumed_run_goes_on_in_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, tracker := FakeTracker())
+    (tmp_path / "config.json").write_text('{"seed": 3}')
+    for start in (0, 1):
+        writer = Writer(tmp_path, start, tracker=name)
+        writer.step(start + 1, {"reward": 0.5, "kl": float("nan")})
+        writer.finish({}, 0)
+    (_, first), *logged = tracker.calls
+    assert first["config"] == {"seed": 3} and first["project"] == "scope_jax"
+    assert logged[:2] == [("log", 1, {"reward": 0.5}), ("finish",)]
+    assert logged[2] == ("init", first) and logged[3][1] == 2
+    assert ("id" in first) == ("dir" in first) == (name == "wandb")
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", tracker := FakeTracker(fails=True))
+    writer = Writer(tmp_path, tracker="wandb")
+    for step in (1, 2):
+        writer.step(step, {"reward": 0.5})
+    writer.finish({}, 0)
+    assert [call[0] for call in tracker.calls] == ["init", "log"]
+    assert "ConnectionError" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # an import of it fails
+    with pytest.raises(InputError, match="pip install trackio"):
+        Writer(tmp_path, tracker="trackio")
+    with pytest.raises(InputError, match="'tensorbored' is none of wandb, trackio"):
+        Writer(tmp_path, tracker="tensorbored")
+
+
+def test_just_the_steps_that_are_to_be_profiled_are_traced(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    for last in (6, 4):  # the second run ends within its profile
+        writer, timer = Writer(tmp_path, profile_from=3, profile_steps=3), Timer()
+        for step in range(1, last + 1):
+            with writer.watching(step, timer):
+                events.append(step)
+        writer.finish({}, 0)
+    folder = str(tmp_path / "profile")
+    assert events == [1, 2, folder, 3, 4, 5, "stop", 6, 1, 2, folder, 3, 4, "stop"]
+
+
+def test_a_profile_is_written(tmp_path):
+    writer, timer = Writer(tmp_path, profile_from=1, profile_steps=1), Timer()
+    with writer.watching(1, timer), timer("update"):
+        jnp.ones(3).sum().block_until_ready()
+    writer.finish({}, 0)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_that_would_crash_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    Writer(tmp_path, profile_from=1).finish({}, 0)  # JAX_PLATFORMS is set: conftest.py
+    monkeypatch.delenv("JAX_PLATFORMS")
+    Writer(tmp_path).finish({}, 0)
+    with pytest.raises(InputError, match="JAX_PLATFORMS=cpu"):
+        Writer(tmp_path, profile_from=1)

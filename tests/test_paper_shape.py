@@ -31,7 +31,7 @@ def test_it_changes_sizes_and_what_random_weights_need_and_nothing_else(paper_sh
     config.correct.attempts = 1
     for group in ("correct", "select", "loss", "optimizer", "advantages", "credit", "prompt"):
         assert config[group].to_dict() == recipe[group].to_dict(), group
-    for key in ("rope_theta", "max_position", "dtype", "compute_dtype", "remat"):
+    for key in ("rope_theta", "max_position", "compute_dtype", "remat"):
         assert config.model[key] == recipe.model[key]
     assert config.learn.mini_batches == 2
     assert (config.steps.splitter, config.locate.tau) == (recipe.steps.splitter, recipe.locate.tau)

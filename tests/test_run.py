@@ -9,7 +9,7 @@ import pytest
 from scope_jax.configlib import load_config
 from scope_jax.data import decode_steps
 from scope_jax.metrics import Timer
-from scope_jax.run import Pending, acceptable, load_run
+from scope_jax.run import Pending, acceptable, current_logps, load_run
 from scope_jax.sharding import replicate
 from scope_jax.train import sample, score
 
@@ -80,3 +80,18 @@ def test_what_goes_wrong_beside_is_raised_where_it_is_read():
     pending = Pending(Timer(), "verify", work)
     with pytest.raises(ValueError, match="gold 3"):
         np.asarray(pending)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_current_logps_of_what_was_just_sampled_are_the_samplers(tmp_path, parts):
+    options = [f"--config.learn.mini_batches={parts}", "--config.sample.temperature=0.7"]
+    config = load_config("worksheet:n=3,runlocal", options)
+    run, params, data = load_run(config, tmp_path)
+    records, prompts = next(data)
+    key = replicate(jax.random.key(0), run.policy.mesh)
+    rows, _ = sample(run, config, params, records, prompts, key)
+    found = current_logps(run, config, params, rows)
+    np.testing.assert_allclose(found, rows["logps"], atol=1e-4)
+    assert (found[~rows["mask"]] == 0).all()
+    moved = jax.tree.map(lambda x: x * 1.1, params)
+    assert abs(current_logps(run, config, moved, rows) - found).max() > 0.01

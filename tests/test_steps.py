@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from scope_jax.prm_formats import PRMFormat, PRMTexts
-from scope_jax.steps import segment_steps, step_texts, survives
+from scope_jax.steps import segment_steps, step_texts, survives, token_texts
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 EMOJI = "\U0001f600".encode()  # four bytes
@@ -636,3 +636,12 @@ def test_no_special_token_of_a_real_tokenizer_is_part_of_a_step_text(real_tokeni
     a, b = real_tokenizer.encode("a"), real_tokenizer.encode("b")
     inside = {i: pieces(real_tokenizer, [*a, i, *b], [len(a) + 1 + len(b)]) for i in special}
     assert {i: text for i, text in inside.items() if text is not None} == {}
+
+
+def test_token_texts_add_up_to_the_text_and_a_split_character_is_its_last_tokens():
+    words = Words(["a", " b", "", ".\n\n"])
+    assert token_texts(words, [[0, 1, 2, 3], [], [3, 3]]) == [
+        ["a", " b", "", ".\n\n"], [], [".\n\n", ".\n\n"]
+    ]  # fmt: skip
+    (parts,) = token_texts(Bytes(), [list(b"x" + EMOJI + b"y")])
+    assert parts == ["x", "", "", "", EMOJI.decode(), "y"]
