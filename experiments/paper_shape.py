@@ -84,14 +84,15 @@ def write_models(out: pathlib.Path, tiny: bool, tokenizer_dir: str, prm_tokenize
     def init(key, model, speaks):
         """Random weights; with `speaks` dimension 0 of every token is the same, and the head reads
         from it the bias [V] of the logits."""
-        params = model.init(key)
+        params = model.init(key, jnp.bfloat16)  # not in one jit: one float32 array at a time
         params["embed"] = params["embed"] * 50  # deviation 1, so that layers do not drown it
         if speaks is not None:
             norm = model.config.embed_dim**0.5
             params["embed"] = params["embed"].at[:, 0].set(2 * norm)
             # 0.75: share of the final norm that stays in dimension 0 behind two layers
-            params["unembed"] = params["unembed"].at[0].set(speaks / (0.75 * norm))
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+            share = (speaks / (0.75 * norm)).astype(jnp.bfloat16)
+            params["unembed"] = params["unembed"].at[0].set(share)
+        return params
 
     def bias(tokenizer, six=0.0):
         ids = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
@@ -102,18 +103,17 @@ def write_models(out: pathlib.Path, tiny: bool, tokenizer_dir: str, prm_tokenize
         logits = logits.at[jnp.array(ids(" six"))].add(six)
         return logits.at[tokenizer.eos_token_id].set(14.0)
 
-    drawn = jax.jit(init, static_argnums=1)
     policy, teacher = (
         Transformer(wide),
         Transformer(dataclasses.replace(narrow, max_position=131072)),
     )
-    params = drawn(jax.random.key(0), policy, bias(own))
+    params = init(jax.random.key(0), policy, bias(own))
     save_hf(out / "policy", policy, params, own)
-    params = drawn(jax.random.key(1), teacher, bias(of_teacher, math.log(8)))
+    params = init(jax.random.key(1), teacher, bias(of_teacher, math.log(8)))
     save_hf(out / "teacher", teacher, params, of_teacher)
     del params
     prm = PRM(Transformer(narrow), "mlp2_at_token", PRMFormat("qwen_math"))
-    backbone = drawn(jax.random.key(2), prm.backbone, None)
+    backbone = init(jax.random.key(2), prm.backbone, None)
     del backbone["unembed"]
     head = prm.init_head(jax.random.key(3))
     head["out"]["b"] = jnp.array([0.0, 2.0])

@@ -38,6 +38,7 @@ from scope_jax.configlib import (
     load_object,
     lora_options,
     one_line_errors,
+    read_command,
     run_config,
 )
 from scope_jax.data import decode_completions
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Samples a policy on the config's held-out problems and prints pass@1, pass@k; "
         "on the paper's benchmark sets; compares two such evaluations; grades stored completions; "
         "or measures how well a PRM finds the first wrong step of labelled solutions.",
-        epilog="examples: python -m scope_jax.evaluate --config worksheet:n=6 --workdir /tmp/run "
+        epilog="example: python -m scope_jax.evaluate --config worksheet:n=6 --workdir /tmp/run "
         "--config.eval.problems=512; "
         "python -m scope_jax.evaluate --config eval_math --model DIR --out /tmp/eval "
         "--config.data_dir=luffy_data; "
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     prm_args.add_argument("--batch-size", type=int, help="solutions a forward (8)")
     prm_args.add_argument("--max-length", type=int, help="tokens; longer ones are not scored")
     prm_args.add_argument("--limit", type=int, help="only the first so many solutions")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = read_command(parser, argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
     of_policy = [name for name in ("config", "workdir", "model", "completions") if name in given]
     if "compare" in given:

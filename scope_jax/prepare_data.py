@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from scope_jax.configlib import one_line_errors
+from scope_jax.configlib import one_line_errors, read_command
 from scope_jax.data import (
     MANIFEST,
     Prepared,
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--pass-rates", help="rows {id or problem, pass_rate or reward}", metavar="FILE")
     add("--min-pass-rate", type=float, default=0.0, help="default 0")
     add("--max-pass-rate", type=float, default=1.0, help="default 1")
-    run(parser.parse_args(argv))
+    run(read_command(parser, argv)[0])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scope_jax.configlib import one_line_errors
+from scope_jax.configlib import one_line_errors, read_command
 from scope_jax.records import POLICY, TEACHER, InputError
 
 MAX_BYTES = 12_000_000  # of the packed rollouts: a page stays below 15 MB
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, help="file to write (WORKDIR/report.html)")
     parser.add_argument("--plain", action="store_true", help="do not pack the rollouts (larger)")
     parser.add_argument("--max-mb", type=float, default=MAX_BYTES / 1e6, help="of its rollouts")
-    args = parser.parse_args(argv)
+    args, _ = read_command(parser, argv)
     options = {"plain": args.plain, "max_bytes": int(args.max_mb * 1e6)}
     out = write_report(args.workdir, args.compare, args.out, **options)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")

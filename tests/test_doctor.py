@@ -21,7 +21,17 @@ from scope_jax.configlib import read_command, shipped_configs
 from scope_jax.records import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "plan", "pretrain", "train_prm", "export", "doctor")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "plan",
+    "pretrain",
+    "train_prm",
+    "prepare_data",
+    "export",
+    "report",
+)
+COMMANDS += ("report", "doctor")
 HEAVY = ("transformers", "pyarrow", "math_verify", "tensorboardX", "grain", "orbax")
 
 
