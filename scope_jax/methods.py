@@ -107,9 +107,9 @@ def default_config() -> ConfigDict:
             # Where a rollout went wrong, and which are repaired
             "steps": {"splitter": "\n\n", "max_steps": 64},
             "locate": {"locator": "prm", "tau": 0.5, "on_no_error": "skip"},
-            # How often the checker of locator="oracle" calls a right step wrong, a wrong one right
             # Continuations that the policy samples from behind each step, of locator="monte_carlo"
             "monte_carlo": {"tries": 4},
+            # How often the checker of locator="oracle" calls a right step wrong, a wrong one right
             "oracle": {"false_alarms": 0.0, "misses": 0.0},
             "select": {
                 "select": "wrong",
