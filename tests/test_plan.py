@@ -190,7 +190,8 @@ def test_knobs_are_tried_where_something_does_not_fit(capsys, monkeypatch):
 
 
 def test_the_knobs():
-    config = load_config("qwen2_5_math_7b:fsdp=16", ["--config.learn.micro_batches=8"])
+    options = ["--config.learn.micro_batches=8", "--config.sample.slots=0"]
+    config = load_config("qwen2_5_math_7b:fsdp=16", options)
     slots = [values for _, values in plan.smaller_slots(config, 4)]
     assert slots[:3] == [{"sample.slots": 512}, {"sample.slots": 256}, {"sample.slots": 128}]
     leaner = [values for _, values in plan.leaner_updates(config, 16)]
