@@ -9,8 +9,8 @@
 Qwen2.5-Math-7B's shape but two layers, a PRM with its head and a teacher with another tokenizer
 (Qwen's with <think> and </think> in it, as DeepSeek-R1-Distill-Qwen has), both as wide as
 Qwen2.5-Math-1.5B, two layers, too. It computes in float32, for a CPU has nothing for bfloat16, and
-holds Adam's moments in bfloat16: weights, moments and gradients take 19 GB, the sampler's weights
-12. --tiny (hidden size 64, the vocabulary as it is) needs 4 GiB.
+holds Adam's first moments in bfloat16: weights, moments and gradients take 22 GB, the sampler's
+weights 12. --tiny (hidden size 64, the vocabulary as it is) needs 4 GiB.
 
 The weights are random, but for a bias: the policy and the teacher write short words, blank lines
 and end tokens rather than any of 152,064 tokens, else there would be no text, no steps and no end.
@@ -128,7 +128,7 @@ def overrides(out: pathlib.Path, steps: int) -> list[str]:
         "task.train_file": out / "train.jsonl", "task.test_file": out / "train.jsonl",
         "total_steps": steps,
         "model.compute_dtype": "float32",
-        "optimizer.mu_dtype": "bfloat16", "optimizer.nu_dtype": "bfloat16",
+        "optimizer.mu_dtype": "bfloat16",
         "data.prompts_per_step": 4, "data.max_prompt_length": 128,
         "sample.group_size": 4, "sample.max_new_tokens": 64, "sample.slots": 0,
         "steps.max_steps": 16, "prm.batch_size": 16, "prm.max_length": 96, "prm.window": 96,
