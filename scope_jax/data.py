@@ -192,10 +192,12 @@ class Prepared(Sequence):
         place = f"{self.directory / self.manifest['shards'][number][0]}"
         try:
             record = json.loads(self._shards[number][row - self._starts[number]])
-            if not all(isinstance(record[name], str) for name in ("id", "problem", "gold")):
-                raise ValueError("a record without id, problem or gold")
+            if not all(isinstance(text, str) for text in record.values()):
+                raise ValueError("a record of more than texts")
+            if missing := {"id", "problem", "gold", "solution"} - record.keys():
+                raise ValueError(f"a record without {', '.join(sorted(missing))}")
             return record
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, AttributeError) as error:  # by the last: no object
             raise InputError(
                 f"{place} is damaged at record {row - self._starts[number] + 1}: "
                 f"{_one_line(error)}; make {self.directory} again"

@@ -11,7 +11,8 @@ import pytest
 from test_data import refusal
 
 from scope_jax.data import Ahead, Mixture, Prepared, prompt_iterator, render_record
-from scope_jax.prepare_data import main
+from scope_jax.prepare_data import main, write_shards
+from scope_jax.records import InputError
 from scope_jax.tasks.math_problems import normal_text, pass_rate_of, problems, read_pass_rates
 
 OPENR1 = {
@@ -164,6 +165,34 @@ def test_a_damaged_directory_is_named_in_one_line(tmp_path, break_it, words):
     assert words in refusal(lambda: list(Prepared(tmp_path / "out")))
 
 
+def test_a_damaged_record_is_named_and_the_others_are_read(tmp_path):
+    file = write(tmp_path / "p.jsonl", [{"problem": f"{i} " * 400, "answer": i} for i in range(9)])
+    assert prepare("--data", file, "--out", tmp_path / "out") == 0
+    whole = list(Prepared(tmp_path / "out"))
+    shard = next((tmp_path / "out").glob("*.arrayrecord"))
+    text = shard.read_bytes()
+    shard.write_bytes(text[:200] + bytes([text[200] ^ 255]) + text[201:])  # one byte in a chunk
+    found, bad = Prepared(tmp_path / "out"), []
+    for i, record in enumerate(whole):
+        try:
+            assert found[i] == record
+        except InputError as error:
+            bad.append((i, str(error)))
+    ((i, message),) = bad
+    assert message.startswith(f"{shard} is damaged at record {i + 1}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "record",
+    [[], "text", {"id": "a", "problem": "b", "gold": "c"}]
+    + [{"id": "a", "problem": "b", "gold": "c", "solution": "", "system": 3}],
+)
+def test_a_shard_of_other_records_is_named(tmp_path, record):
+    shards = write_shards([record], tmp_path, 5)
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    assert f"{shards[0]['file']} is damaged at record 1: " in refusal(lambda: Prepared(tmp_path)[0])
+
+
 # ---- what a run trains on ------------------------------------------------------------------------
 
 
@@ -189,6 +218,50 @@ def test_pass_rates_choose_training_problems_as_arithmetic(tmp_path):
     assert len(problems("test", train_file=file, test_file=file, **options)) == 6
     none = write(tmp_path / "none.jsonl", [{"id": "q", "pass_rate": 0.3}])
     assert "no rate of any" in refusal(problems, "train", train_file=file, pass_rates=none)
+
+
+def test_a_file_whose_rated_problems_all_go_keeps_those_without_a_rate(tmp_path):
+    file = numbered(tmp_path, "p", 3)
+    rates = write(tmp_path / "rates.jsonl", [{"id": "p0", "pass_rate": 0}])
+    options = {"train_file": file, "pass_rates": rates, "min_pass_rate": 0.5}
+    found = problems("train", **options)
+    assert [one["gold"] for one in found] == ["1", "2"]
+    assert found.rated == {"kept": 2, "without_rate": 2, "too_hard": 1, "too_easy": 0}
+    lines = [{"id": f"p{i}", "pass_rate": 0} for i in range(3)]
+    write(tmp_path / "rates.jsonl", lines)
+    assert "leaves no training problem" in refusal(problems, "train", **options)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, "1", None, float("inf")])
+def test_what_is_no_rate_is_named(tmp_path, rate):
+    file = write(tmp_path / "rates.jsonl", [{"id": "a", "pass_rate": rate}])
+    assert refusal(read_pass_rates, file).startswith(f"{file}:1: ")
+
+
+MESSAGES = [{"role": "user", "content": "2+3?"}]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"prompt": [{"role": "assistant", "content": "2+3?"}]}, "has the roles ['assistant']"),
+        ({"prompt": MESSAGES * 2}, "has the roles ['user', 'user']"),
+        ({"prompt": MESSAGES * 3}, "has the roles"),
+        ({"prompt": ["2+3?"]}, "is no list of messages"),
+        ({"prompt": []}, "has the roles []"),
+        ({"prompt": [{"role": "user", "content": None}]}, "has a message without text"),
+        ({"prompt": [{"role": "system", "content": 7}, *MESSAGES]}, "has a message without text"),
+        ({"prompt": [{"role": [], "content": "2+3?"}]}, "has the roles [[]]"),
+        ({"target": "It is 5."}, "is no list of messages"),
+        ({"target": MESSAGES}, "has the roles ['user']"),
+        ({"reward_model": {"ground_truth": ["5"]}}, 'no "answer"'),
+        ({"reward_model": {}, "target": MESSAGES[:0]}, "has the roles []"),
+    ],
+)
+def test_messages_that_are_no_prompt_or_solution_are_named(tmp_path, change, words):
+    file = write(tmp_path / "rows.jsonl", [OPENR1, {**OPENR1, **change}])
+    message = refusal(problems, "train", train_file=file)
+    assert message.startswith(f"{file}:2: ") and words in message
 
 
 def test_rates_are_found_by_text_before_id(tmp_path):

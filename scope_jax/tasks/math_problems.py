@@ -83,11 +83,12 @@ def problems(
     sources = [read_problems(file, bad_lines) for file in (train_file, *(one[0] for one in mix))]
     if pass_rates:
         rates = read_pass_rates(pass_rates)
-        sources = [_in_range(s, rates, low, high) for s in sources]
+        counts = [len(source) for source in sources]
+        sources = [_in_range(source, rates, low, high) for source in sources]
+        if sum(counts) == sum(source.rated["without_rate"] for source in sources):
+            raise InputError(f"{pass_rates} has no rate of any training problem, by id or problem")
         if not any(len(source) for source in sources):
             raise InputError(f"{pass_rates} leaves no training problem: widen the range of rates")
-        if all(len(source) == source.rated["without_rate"] for source in sources):
-            raise InputError(f"{pass_rates} has no rate of any training problem, by id or problem")
     return Mixture(sources, weights) if mix else sources[0]
 
 
