@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
+from scope_jax.alignment import align_trace
 from scope_jax.configlib import load_config
 from scope_jax.records import InputError
 from scope_jax.rewards import verify
 from scope_jax.step_labels import read_step_labels
 from scope_jax.tasks.math_problems import problems, read_problems
-from scope_jax.teachers import remaining_solution
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {"train": 300, "test": 120, "ood": 90}
@@ -154,11 +154,12 @@ def test_files_are_read_as_problems_and_their_solutions_verify(folder):
 
 def test_the_teacher_goes_on_behind_the_lines_that_a_rollout_has(folder):
     for row in read_problems(folder / "ood.jsonl"):
-        lines = remaining_solution(row["solution"], "").split("\n")
-        assert len(lines) == 4
+        steps = align_trace(row["solution"], "", problem=row["problem"], splitter="\n")
+        assert steps is not None and len(steps) == 4
         for kept in range(3):
-            prefix = "".join(line + "\n" for line in lines[:kept])
-            assert remaining_solution(row["solution"], prefix).split("\n") == lines[kept:]
+            prefix = "".join(steps[:kept])
+            found = align_trace(row["solution"], prefix, problem=row["problem"], splitter="\n")
+            assert found == steps[kept:]
 
 
 @pytest.mark.parametrize("layout", ["trl", "processbench"])
