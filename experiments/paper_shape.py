@@ -228,6 +228,8 @@ def main() -> int:
         out = plain_step(run, config, state, *rest)
         checked.append(check_step(before, out))
         taken.append({name: float(value) for name, value in out[-1].items()})
+        failed = [name for name, holds in checked[-1].items() if not holds]
+        print(f"checks of step {rest[-1]}: {', '.join(failed) or 'all hold'}", flush=True)
         return out
 
     train_module.training_step = checked_step
