@@ -49,7 +49,7 @@ def test_a_step_that_lost_a_token_or_a_prefix_does_not_pass(paper_shape, monkeyp
     fixed = {"ids": ids[:1], "mask": mask[:1], "source": source[:1]}
     measured = {
         "loss": 0.5, "policy_tokens": 5, "teacher_tokens": 2, "prm/scored": 2, "prm/unscored": 0,
-        "prm/alignment_failed": 0, "prm/too_long": 0, "corrections/accepted": 1, "skipped": 0,
+        "prm/alignment_failed": 0, "prm/too_long": 0, "corrections/made": 1, "skipped": 0,
         "groups_with_signal": 0.5, "reward": 0.5,
     }  # fmt: skip
 
@@ -68,6 +68,7 @@ def test_a_step_that_lost_a_token_or_a_prefix_does_not_pass(paper_shape, monkeyp
     assert checks(fixed={"ids": ids[:1] + 1}) == ["prefixes kept"]
     assert checks(**{"prm/unscored": 1}) == ["PRM scored"]
     assert checks(teacher_tokens=1) == ["tokens conserved"]
+    assert checks(teacher_tokens=0) == ["tokens conserved", "teacher wrote"]
 
 
 @pytest.mark.slow
