@@ -259,7 +259,6 @@ def test_too_long_solutions_count_as_wrong(sheets):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --config C with --workdir DIR or --model DIR, or --prm DIR with --data FILE"),
         (["--config", "worksheet"], "give --config C with --workdir DIR or --model DIR, or --prm"),
         (["--workdir", "w"], "give --config C with --workdir DIR or --model DIR, or --prm"),
         (["--config", "worksheet", "--workdir", "w", "--model", "m"], "give --config C with"),
