@@ -4,8 +4,9 @@
     python -m scope_jax.train --config qwen2_5_math_1_5b --workdir /mnt/bucket/run \
         --config.task.train_file=openr1_math_46k.jsonl.gz --config.task.test_file=math500.jsonl.gz
 
-Hardware: meant for eight chips of v6e. NOT PLANNED YET, so its memory and hours are not known here:
-run the first command; it names the settings that fit. Batch, lengths, PRM, teacher and optimizer
+Hardware: `plan` says that v6e:2x4 does NOT hold it: all fits (update 26.9 of 31.25 GiB, 31.1 % MFU)
+but the 7B teacher's prefill, 34.8 GiB. More chips, or a smaller --config.teacher.path, were not
+planned. Batch, lengths, PRM, teacher and optimizer
 are the 7B's. Two key-value heads: decode_model is 2 at most.
 
 Thinking text: as qwen2_5_math_7b.py, with the same `:plain`, for the same reasons.
