@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scope_jax.configlib import one_line_errors, read_command
+from scope_jax.configlib import flat_keys, one_line_errors, read_command
 from scope_jax.records import POLICY, TEACHER, InputError
 
 MAX_BYTES = 12_000_000  # of the packed rollouts: a page stays below 15 MB
@@ -164,7 +164,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
                 bad.append(f"{file.name}: a record of another form")
     try:
         config = json.loads((workdir / "config.json").read_text(errors="replace"))
-        flat = _flat(config)
+        flat = flat_keys(config)
     except (OSError, ValueError, AttributeError):
         flat = {}
     skipped = sum(file.stat().st_size for file in set(files) - set(kept))
@@ -365,14 +365,6 @@ def _cut(text: str, ends: Any) -> list[str]:
     if any(a > b for a, b in itertools.pairwise(cuts)) or cuts[-1] != len(text):
         raise ValueError("lengths of tokens that are not those of the text")
     return [text[a:b] for a, b in itertools.pairwise(cuts)]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        more = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if more else {f"{prefix}{key}": value}
-    return flat
 
 
 @one_line_errors
